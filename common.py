@@ -142,6 +142,7 @@ def save_tensors(path, tensors, metadata=None):
     from safetensors.torch import save_file
     with atomic_path(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        os.chmod(temporary, 0o644)      # safetensors writes files that only their owner may read
 
 
 def load_tensors(path):

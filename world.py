@@ -30,6 +30,7 @@ MIN_DURATION, MAX_DURATION = 1.0, 4.0  # seconds of sound in a scene; silence fo
 MIN_COUNT, MAX_COUNT = 2, 4  # what a prompt may count ("two beeps" to "four beeps")
 MAX_HITS = 6                 # strikes of an uncounted "beeping"
 SOUNDS = Path(__file__).parent / "sounds"
+PITCH = 4                    # semitones that a recorded note is moved up or down, at the most
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -327,7 +328,7 @@ def melody(rng, event, clips, n):
     starts, sounds, at = [], [], 0
     while at < n:
         clip = clips[rng.integers(len(clips))]
-        sound = note(rng, clip, n - at, rng.integers(-3, 4))
+        sound = note(rng, clip, n - at, rng.integers(-PITCH, PITCH + 1))
         step = max(1600, min(len(sound) - 320, 2 * beat) if event.sustained else beat)
         starts.append(at)
         sounds.append(sound[:step + 640] if event.sustained else sound)
@@ -341,6 +342,12 @@ def melody(rng, event, clips, n):
 
 # ----------------------------------------------------------------------------- one event in its segment
 
+def loudness(wave):
+    """RMS of the 16 ms frames within 20 dB of the loudest: ticks and hiss of equal loudness don't mask each other."""
+    frames = np.sqrt(np.mean(wave[:len(wave) // 256 * 256].reshape(-1, 256) ** 2, axis=1))
+    return np.sqrt(np.mean(frames[frames >= 0.1 * frames.max()] ** 2)) + 1e-9
+
+
 def strike_times(rng, n, hits):
     """Start samples of `hits` strikes that fill `n` samples: evenly spaced with a little jitter, first at 0."""
     gap = n / hits
@@ -350,7 +357,7 @@ def strike_times(rng, n, hits):
 
 
 def sound_event(rng, name, n, count, split):
-    """Render event `name` into `n` samples. Returns (wave (n,), strikes: start samples, or None if not countable)."""
+    """Render event `name` into `n` samples -> wave (n,) of loudness 1, strikes: start samples, None if not countable."""
     event = EVENTS[name]
     if name in SUSTAINED:
         wave, starts = SUSTAINED[name](rng, n), None
@@ -366,7 +373,7 @@ def sound_event(rng, name, n, count, split):
             sounds = [strike(rng, int(length)) for length in lengths]
         else:
             clips = recorded_clips(split)[name]
-            clip, pitch = clips[rng.integers(len(clips))], rng.integers(-3, 4)
+            clip, pitch = clips[rng.integers(len(clips))], rng.integers(-PITCH, PITCH + 1)
             shift = rng.integers(-4, 5, hits) if name in ("piano", "trumpet") else np.zeros(hits, int)
             gate = 0.85 if event.sustained else 1.0
             sounds = [note(rng, clip, int(length * gate), pitch + s) for length, s in zip(lengths, shift)]
@@ -374,7 +381,7 @@ def sound_event(rng, name, n, count, split):
     fade = min(n // 4, 480)
     wave[-fade:] *= np.linspace(1, 0, fade)
     wave[:40] *= np.linspace(0, 1, 40)
-    return wave / (np.abs(wave).max() + 1e-9), starts
+    return wave / loudness(wave), starts
 
 
 # ----------------------------------------------------------------------------- degradations
@@ -499,7 +506,7 @@ class World:
         for event in scene.events:
             start, stop = int(event.onset * SAMPLE_RATE), int(event.offset * SAMPLE_RATE)
             wave, strikes = sound_event(rng, event.name, stop - start, event.count, self.split)
-            audio[start:stop] += wave * 10 ** (rng.uniform(-5, 0) / 20)
+            audio[start:stop] += wave * 10 ** (rng.uniform(-4, 0) / 20)
             if strikes is not None:
                 event.strikes = [round(event.onset + s / SAMPLE_RATE, 4) for s in strikes]
                 event.hits = len(strikes)
