@@ -1,0 +1,204 @@
+"""What the loops that train the flow share: schedule, optimizer, weight average, resume, precision, log and picture.
+
+A run's folder is a model folder plus `state.pt` (all that a resume needs, one atomic file, read with weights_only),
+`ema.safetensors` (the average of every trained tensor) and `log.jsonl`. Everything beside state.pt can be written again
+from it, and is when a run resumes: a kill between two files can't mix steps.
+"""
+import contextlib
+import json
+import math
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from common import UserError, atomic_path, choose_device, read_jsonl, save_tensors
+
+# ----------------------------------------------------------------------------- optimizer and weight average
+
+
+def learning_rate(step, peak, warmup, steps):
+    """Rate of step 0, 1, ...: linear warm-up to `peak` over `warmup` steps, then linear decay to 0 at `steps`.
+
+    Paper A.5: "a linear learning rate scheduler for 2000 steps", read as its length of warm-up, as the official code.
+    """
+    return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+def trainable(flow, encoder=None):
+    """{name: parameter} of all that is trained; the text encoder's names begin with "text_encoder."."""
+    named = dict(flow.named_parameters())
+    if encoder is not None:
+        named |= {f"text_encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+
+def make_optimizer(named, betas=(0.9, 0.95), weight_decay=1e-2):
+    """AdamW over {name: parameter}; matrices decay, vectors (biases, gains, frequencies) don't. Set the rate each step."""
+    groups = [{"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
+
+
+def average_decay(step, decay):
+    """Decay of the weight average at step 0, 1, ...: min(decay, (1 + n) / (10 + n)), so that early weights fade."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_average(average, named, decay):
+    """average <- decay * average + (1 - decay) * weights, in place."""
+    torch._foreach_lerp_([average[name] for name in named], [p.detach() for p in named.values()], 1 - decay)
+
+
+@torch.no_grad()
+def copy_weights(named, tensors):
+    """Put `tensors` {name: tensor} into the parameters of the same names."""
+    for name, parameter in named.items():
+        parameter.copy_(tensors[name])
+
+
+@contextlib.contextmanager
+def weights_replaced(named, tensors):
+    """Inside the block the parameters hold `tensors`; afterwards their own values again, bit for bit."""
+    own = {name: parameter.detach().clone() for name, parameter in named.items()}
+    copy_weights(named, tensors)
+    try:
+        yield
+    finally:
+        copy_weights(named, own)
+
+
+# ----------------------------------------------------------------------------- the run's folder
+
+def save_state(out, named, optimizer, average, step, settings, minutes):
+    """Write state.pt: weights, average and optimizer after `step` steps, and the settings of the run."""
+    state = {"step": step, "weights": {name: p.detach() for name, p in named.items()}, "average": average,
+             "optimizer": optimizer.state_dict(), "settings": json.dumps(settings), "minutes": minutes}
+    with atomic_path(Path(out) / "state.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def export(out, save, named, average, which="ema"):
+    """Write the model folder by `save()` with the averaged ("ema") or the latest ("raw") weights, and ema.safetensors."""
+    with weights_replaced(named, average) if which == "ema" else contextlib.nullcontext():
+        save()
+    save_tensors(Path(out) / "ema.safetensors", average)
+
+
+def load_state(out, named, optimizer, average, settings):
+    """Put the run found in `out` back, in place, and return (steps done, minutes); (0, 0.0) if there is none.
+
+    Raises UserError if the run was started with other settings, if its state can't be read, or if `out` holds a
+    finished model that no run of this kind made.
+    """
+    path = Path(out) / "state.pt"
+    if not path.is_file():
+        if (Path(out) / "tangoflux.safetensors").exists():
+            raise UserError(f"{out} holds a model but no state.pt to go on from; choose another --out")
+        return 0, 0.0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        started = json.loads(state["settings"])
+    except Exception as error:  # noqa: BLE001  (pickle, zip and key errors have no common type)
+        raise UserError(f"{path} is not a whole training state ({type(error).__name__}); "
+                        f"delete it to start anew, or choose another --out") from None
+    wanted = json.loads(json.dumps(settings))
+    for name in {**started, **wanted}:
+        if started.get(name) != wanted.get(name):
+            raise UserError(f"the run in {out} was started with {name} = {started.get(name)}, now it is "
+                            f"{wanted.get(name)}; give the same flags to go on, or another --out to start anew")
+    copy_weights(named, state["weights"])
+    for name, tensor in average.items():
+        tensor.copy_(state["average"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["minutes"]
+
+
+def trim_log(out, step):
+    """Drop the lines of log.jsonl that a killed run wrote after its last saved step."""
+    path = Path(out) / "log.jsonl"
+    rows = [row for row in read_jsonl(path) if row["step"] <= step] if path.is_file() else []
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def log_line(row, steps):
+    """One line of progress from a row of log.jsonl."""
+    value = f"  val {row['val_loss']:.4f}, averaged weights {row['val_loss_ema']:.4f}" if "val_loss" in row else ""
+    return (f"step {row['step']}/{steps}  loss {row['loss']:.4f}{value}  lr {row['lr']:.1e}  grad {row['grad_norm']:.2f}"
+            f"  {row['seconds_per_step']:.2f} s/step  {row['minutes']:.1f} min")
+
+
+def draw_losses(out):
+    """loss.png from log.jsonl: training and validation loss, and validation per bin of t. False without matplotlib."""
+    rows = read_jsonl(Path(out) / "log.jsonl")
+    validated = [row for row in rows if "val_loss" in row]
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no loss.png: install matplotlib for pictures")
+        return False
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training", alpha=0.5)
+    for key, label in (("val_loss", "validation"), ("val_loss_ema", "validation, averaged weights")):
+        left.plot([row["step"] for row in validated], [row[key] for row in validated], label=label)
+    steps, bins = [row["step"] for row in validated], [row["val_bins_ema"] for row in validated]
+    for k in range(len(bins[0]) if bins else 0):
+        values = [math.nan if row[k] is None else row[k] for row in bins]
+        right.plot(steps, values, label=f"t {k / len(bins[0]):.1f} to {(k + 1) / len(bins[0]):.1f}")
+    for axis, title in ((left, "flow-matching loss"), (right, "validation by t, averaged weights")):
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.legend()
+    figure.tight_layout()
+    with atomic_path(Path(out) / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=100)
+    plt.close(figure)
+    return True
+
+
+# ----------------------------------------------------------------------------- precision and processes
+
+def choose_dtype(name, device, say=print):
+    """-> autocast() for a `with`. "auto" is bfloat16 where the hardware multiplies in it, else float32; told once."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if name == "auto":
+        name, reason = ("bfloat16", f"this {device.type} multiplies in it") if fast else (
+            "float32", f"this {device.type} has no fast bfloat16")
+    else:
+        reason = "as asked"
+    say(f"dtype: {name} ({reason}); weights and optimizer stay float32")
+    dtype = getattr(torch, name)
+    return lambda: torch.autocast(device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32)
+
+
+def start_ranks(device_name):
+    """(rank, ranks, device): one process, unless torchrun started several, which then average their gradients."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device_name, quiet=rank > 0)
+    if ranks > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return rank, ranks, device
+
+
+def wait_for_ranks(ranks):
+    """All processes meet here."""
+    if ranks > 1:
+        torch.distributed.barrier()
+
+
+@torch.no_grad()
+def mean_over_ranks(tensors, ranks):
+    """Replace each tensor by its mean over the processes."""
+    for tensor in tensors if ranks > 1 else []:
+        torch.distributed.all_reduce(tensor)
+        tensor /= ranks
