@@ -1,0 +1,400 @@
+"""Text to audio: schedule, solvers, guidance, and prompt -> WAV (paper 2.4 and A.4, A.6, A.7).
+
+    python sample.py --prompt "a violin followed by rain"
+    python sample.py --prompt "three beeps" --prompt "wind and a bird" --num_samples 4 --duration 3 --plot
+    python sample.py --prompt_file prompts.txt --solver heun --steps 25 --guidance_scale 3.5
+    python sample.py --checkpoint declare-lab/TangoFlux --prompt "a dog barks" --steps 50 --guidance_scale 4.5
+
+x_t = (1-t) x_1 + t x_0 with x_0 noise and x_1 data (Eq. 4); the network gives v = dx/dt = x_0 - x_1, so
+that sampling runs from t = 1 down to 0 and every step is negative. Letters: B batch, L latent frames, C
+latent channels, S text tokens, D text width.
+
+Where the official sampler and this one differ: every prompt of a batch has its own null row (the official
+code stops at several prompts), a guidance scale of 1 is the conditional branch alone (there: an error),
+sample i has its own noise made from (seed, i) whatever the batch, and no row sees the padding of another.
+Prompts are cut at the training length (64 tokens), not at the tokenizer's 512.
+"""
+import argparse
+import json
+import math
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import UserError, choose_device, generator, in_range, run_main, warn
+from model import Condition, concat_conditions, encode_prompts, load_model, null_condition
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_CHECKPOINT = HERE / "checkpoints" / "toy" / "base"
+OFFICIAL = "declare-lab/TangoFlux"
+DEFAULT_PROMPT = "a violin followed by rain"
+
+
+# ----------------------------------------------------------------------------- the algorithm
+
+def schedule(steps):
+    """Times 1 = t_0 > ... > t_steps = 0, (steps + 1,) float32: linspace(1, 1/N, N) with 0 appended, as the
+    official code.
+    """
+    return torch.from_numpy(np.append(np.linspace(1.0, 1.0 / steps, steps), 0.0).astype(np.float32))
+
+
+def euler(velocity_fn, x, ts):
+    """Integrate dx/dt = velocity_fn(x, t) along `ts` by x <- x + (t_next - t) v (paper 2.4): one evaluation
+    a step.
+    """
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        x = x + (t_next - t) * velocity_fn(x, t)                                   # (B, L, C)
+    return x
+
+
+def heun(velocity_fn, x, ts):
+    """Heun's trapezium rule (paper A.7): exactly two evaluations a step, so N steps cost as much as 2N of
+    Euler.
+
+    The last step is a full one as well: the velocity of a rectified flow is finite at t = 0 (unlike the
+    slope of diffusion ODEs, whose samplers end on an Euler step).
+    """
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        slope = velocity_fn(x, t)                                                  # (B, L, C)
+        slope_next = velocity_fn(x + (t_next - t) * slope, t_next)                 # (B, L, C)
+        x = x + (t_next - t) * 0.5 * (slope + slope_next)
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun}
+EVALUATIONS = {"euler": 1, "heun": 2}  # network calls a step; guidance makes each of them twice as wide
+
+
+def guide(cond, uncond, guidance_scale):
+    """Classifier-free guidance: uncond + w (cond - uncond); w = 1 is cond, w = 0 is uncond."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def guided_velocity(flow, condition, null, guidance_scale):
+    """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision; null None: the conditional
+    branch alone.
+
+    Both branches are one batch [uncond; cond], in the official order.
+    """
+    dtype = next(flow.parameters()).dtype
+    if null is None:
+        return lambda x, t: flow.velocity(x.to(dtype), t.to(x).expand(len(x)), condition).to(x.dtype)
+    both = concat_conditions(null, condition)                                      # 2B rows
+
+    def velocity_fn(x, t):
+        doubled = torch.cat([x, x]).to(dtype)                                      # (2B, L, C)
+        uncond, cond = flow.velocity(doubled, t.to(x).expand(len(doubled)), both).to(x.dtype).chunk(2)
+        return guide(cond, uncond, guidance_scale)                                 # (B, L, C)
+    return velocity_fn
+
+
+def noise_for(seed, indices, shape):
+    """Noise of the samples `indices`, (B, *shape) float32 on the CPU: row i depends on (seed, i) alone."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, index)) for index in indices])
+
+
+def negative_condition(text, negative_prompt, condition):
+    """The unconditional branch with a negative prompt in the place of "": one more text for every row, same
+    durations.
+
+    It is padded to the row's own prompt length like the null text; where it is longer, all of it is
+    visible.
+    """
+    ids, mask = text.tokenize([negative_prompt])                                   # (1, S')
+    size = max(ids.shape[1], condition.text.shape[1])
+    ids, mask = (F.pad(rows, (0, size - rows.shape[1])).expand(len(condition.text), -1) for rows in (ids, mask))
+    hidden = text.encode(ids, mask)                                                # (B, S, D)
+    lengths = condition.pooled_mask.sum(1).to(hidden.device).clamp(min=int(mask[0].sum()))
+    visible = torch.arange(size, device=hidden.device) < lengths[:, None]          # (B, S)
+    return Condition(hidden, visible, mask.to(hidden.device), condition.duration)
+
+
+# ----------------------------------------------------------------------------- prompts -> latents -> audio
+
+def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance_scale=3.0, solver="euler",
+             negative_prompt=None, batch_size=16, progress=False):
+    """Sample one latent per prompt: raw latents (B, L, C), float32 on the CPU.
+
+    durations: seconds, one per prompt. indices: the i in the (seed, i) that makes each sample's noise,
+    default 0, 1, ... Dropout is off while sampling whatever the mode of the networks, which is put back (a
+    training loop may call this).
+    """
+    flow, text, codec = model.flow, model.text, model.codec
+    device = next(flow.parameters()).device
+    indices = list(range(len(prompts))) if indices is None else list(indices)
+    ts = schedule(steps).to(device)
+    shape = (flow.config["audio_seq_len"], flow.config["in_channels"])
+    bar = progress_bar(progress, math.ceil(len(prompts) / batch_size) * steps * EVALUATIONS[solver], "sampling")
+    modes = [(module, module.training) for module in (flow, text)]
+    pieces = []
+    try:
+        for module, _ in modes:
+            module.eval()
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            with torch.inference_mode():
+                seconds = torch.tensor(durations[rows], dtype=torch.float32, device=device)
+                condition = encode_prompts(text, prompts[rows], seconds)
+                if guidance_scale == 1:
+                    null = None
+                elif negative_prompt:
+                    null = negative_condition(text, negative_prompt, condition)
+                else:
+                    null = null_condition(text, condition)
+                velocity_fn = guided_velocity(flow, condition, null, guidance_scale)
+                if bar is not None:
+                    velocity_fn = counted(velocity_fn, bar)
+                x = noise_for(seed, indices[rows], shape).to(device)               # (B, L, C), t = 1
+                pieces.append(codec.denormalise(SOLVERS[solver](velocity_fn, x, ts)).float().cpu())
+    finally:
+        for module, training in modes:
+            module.train(training)
+        if bar is not None:
+            bar.close()
+    return torch.cat(pieces)  # made outside of inference_mode: usable as training data
+
+
+def decode(model, latents, durations=None, batch_size=16, progress=False):
+    """Raw latents (B, L, C) -> list of audio (channels, samples) in [-1, 1] on the CPU.
+
+    All L frames are decoded, then each clip is cut to int(duration * rate) samples, as the official code
+    does; durations None leaves the clips whole.
+    """
+    codec = model.codec
+    reference = next(codec.parameters())
+    bar = progress_bar(progress, len(latents), "decoding")
+    audios = []
+    for start in range(0, len(latents), batch_size):
+        batch = latents[start:start + batch_size].to(reference.device, reference.dtype)
+        with torch.inference_mode():
+            audios.extend(codec.decode(batch).float().cpu().unbind(0))             # B x (channels, samples)
+        if bar is not None:
+            bar.update(len(batch))
+    if bar is not None:
+        bar.close()
+    if durations is None:
+        return audios
+    return [audio[:, :max(1, int(duration * codec.sampling_rate))] for audio, duration in zip(audios, durations)]
+
+
+def progress_bar(wanted, total, what):
+    """A tqdm bar, or None where none is wanted."""
+    if not wanted:
+        return None
+    from tqdm import tqdm
+    return tqdm(total=total, desc=what, leave=False)
+
+
+def counted(velocity_fn, bar):
+    """velocity_fn that advances `bar` at each evaluation."""
+    def wrapped(x, t):
+        bar.update(1)
+        return velocity_fn(x, t)
+    return wrapped
+
+
+def default_duration(max_duration):
+    """Seconds asked for when nobody says: 10 (the official default), or the whole seconds that the model
+    can make.
+    """
+    return min(10.0, float(math.floor(max_duration)) or max_duration)
+
+
+# ----------------------------------------------------------------------------- command line
+
+def read_prompts(path):
+    """Rows {"prompt", "duration" or None} of a .txt (a prompt a line) or .jsonl file. Raises UserError if
+    none is there.
+    """
+    from common import read_jsonl
+    path = Path(path)
+    if path.suffix.lower() == ".jsonl":
+        rows = read_jsonl(path)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                raise UserError(f'{path} row {number} has no "prompt"; a row looks like '
+                                '{"prompt_id": 7, "prompt": "...", "duration": 3.0}')
+            if not isinstance(row.get("duration"), (int, float, type(None))):
+                raise UserError(f'{path} row {number}: duration {row["duration"]!r} is not a number of seconds')
+        rows = [{"prompt": row["prompt"], "duration": row.get("duration")} for row in rows]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise UserError(f"--prompt_file {path} is missing") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file {path} is not readable text: {error}") from None
+        rows = [{"prompt": line.strip(), "duration": None} for line in lines if line.strip()]
+    if not rows:
+        raise UserError(f"--prompt_file {path} has no prompt in it; write one per line")
+    return rows
+
+
+def output_paths(output, prompts):
+    """One WAV path per sample: `output` itself if it ends in .wav (one sample only), else
+    0000_words-of-the-prompt.wav in it.
+    """
+    output = Path(output)
+    if output.suffix.lower() == ".wav":
+        if len(prompts) > 1:
+            raise UserError(f"--output {output} is one file, but {len(prompts)} samples are asked for; give a folder")
+        return [output]
+    slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt" for prompt in prompts]
+    return [output / f"{index:04d}_{slug}.wav" for index, slug in enumerate(slugs)]
+
+
+def check_writable(paths):
+    """Raise UserError if a file cannot be written: known before the minutes of sampling, not after."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give another --output")
+    for folder in {path.parent for path in paths}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error.strerror}; give another --output") from None
+
+
+def warn_of_unknown_words(text, prompts, checkpoint):
+    """One warning for all words that the model's tokenizer has no piece for (the toy's spells them byte by
+    byte).
+    """
+    unknown = sorted({word for prompt in prompts for word in text.unknown_words(prompt)})
+    if not unknown:
+        return
+    shown = ", ".join(word[:40] for word in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+    message = f"{checkpoint} has no words for: {shown}"
+    if text.tokenizer.get_vocab_size() < 10000:
+        from world import EVENT_NAMES
+        message += (f". The bundled model knows these sounds: {', '.join(EVENT_NAMES)}. "
+                    f"For anything else use the official weights: --checkpoint {OFFICIAL}")
+    warn(message)
+
+
+def parse_arguments(parser, argv=None, commands=()):
+    """parse_args, but a wrong argument is one line (UserError) and not the usage; `commands`: its
+    subparsers.
+    """
+    def fail(message):
+        raise UserError(f"{message}; see python {parser.prog} --help")
+    for one in (parser, *commands):
+        one.error = fail
+    return parser.parse_args(argv)
+
+
+def make_parser():
+    """All flags of this script."""
+    parser = argparse.ArgumentParser(description="Text to audio.", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=__doc__.split("\n\n")[1])
+    group = parser.add_argument_group("what to make")
+    group.add_argument("--prompt", action="append", 
+                       help=f'what to hear; repeat it for several (default "{DEFAULT_PROMPT}")')
+    group.add_argument("--prompt_file",
+                       help='a .txt with a prompt a line, or a .jsonl of {"prompt_id", "prompt", "duration"}')
+    group.add_argument("--negative_prompt",
+                       help="what not to hear: takes the place of the empty text in guidance (default: none)")
+    group.add_argument("--duration", type=float,
+                       help="seconds, at most the model's maximum (default 4 for the toy; paper: 10)")
+    group.add_argument("--num_samples", type=int, default=1, help="samples per prompt (default 1)")
+    add_sampling_flags(parser)
+    group = parser.add_argument_group("where")
+    group.add_argument("--output", default="out", help="a .wav file, or a folder (default out)")
+    group.add_argument("--plot", action="store_true", help="a spectrogram picture beside each WAV (needs matplotlib)")
+    add_model_flags(parser)
+    return parser
+
+
+def add_sampling_flags(parser, names=("steps", "guidance_scale", "solver", "seed")):
+    """--steps, --guidance_scale, --solver, --seed: the settings of a sampler, or those of `names`."""
+    group = parser.add_argument_group("sampler")
+    flags = {"steps": dict(type=int, default=25, help="solver steps (default 25; paper 50, section 3.4)"),
+             "guidance_scale": dict(type=float, default=3.0, help="classifier-free guidance; 1 is the conditional "
+                                    "model alone (default 3.0; paper 4.5, A.6)"),
+             "solver": dict(choices=list(SOLVERS), default="euler", help="heun evaluates the network twice a step "
+                            "(default euler, as the paper; A.7)"),
+             "seed": dict(type=int, default=0, help="sample i is made from (seed, i) (default 0)")}
+    for name in names:
+        group.add_argument(f"--{name}", **flags[name])
+
+
+def add_model_flags(parser, batch_size=16):
+    """--checkpoint, --batch_size, --dtype, --device."""
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT),
+                       help="model folder or hub id (default: the bundled checkpoints/toy/base; paper: declare-lab/TangoFlux)")
+    group.add_argument("--batch_size", type=int, default=batch_size, help=f"samples at a time (default {batch_size})")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+                       help="precision of the networks (default float32, as the official code)")
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+
+
+def check_sampling_flags(args):
+    """Raise UserError if a number of the sampler is out of range (NaN is)."""
+    for name, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 50), ("batch_size", 1, 4096)):
+        if hasattr(args, name):
+            in_range(f"--{name}", getattr(args, name), low, high)
+
+
+def check_duration(name, duration, max_duration):
+    """Return a duration in (0, max_duration] seconds, else raise UserError."""
+    if not 0 < duration <= max_duration:
+        raise UserError(f"{name} is {duration} s, but must be above 0 and at most {max_duration:g} s for this model")
+    return float(duration)
+
+
+def load_for_sampling(args, quiet=False):
+    """The model of --checkpoint on --device in --dtype."""
+    device = choose_device(args.device, quiet=quiet)
+    return load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
+
+
+def main(argv=None):
+    """Prompts in, WAV files out."""
+    args = parse_arguments(make_parser(), argv)
+    check_sampling_flags(args)
+    in_range("--num_samples", args.num_samples, 1, 100000)
+    rows = [{"prompt": prompt, "duration": None} for prompt in args.prompt or []]
+    rows += read_prompts(args.prompt_file) if args.prompt_file else []
+    rows = rows or [{"prompt": DEFAULT_PROMPT, "duration": None}]
+    if any(not row["prompt"].strip() for row in rows):
+        warn("an empty prompt asks for any sound at all")
+    rows = [row for row in rows for _ in range(args.num_samples)]
+    prompts = [row["prompt"] for row in rows]
+    paths = output_paths(args.output, prompts)
+    if args.plot:
+        from importlib.util import find_spec
+        if find_spec("matplotlib") is None:
+            raise UserError("--plot needs matplotlib: pip install matplotlib")
+    if args.duration is not None:
+        check_duration("--duration", args.duration, math.inf)
+    check_writable(paths)
+
+    model = load_for_sampling(args)
+    max_duration = model.flow.config["max_duration"]
+    fallback = default_duration(max_duration) if args.duration is None else args.duration
+    durations = [check_duration("duration", fallback if row["duration"] is None else row["duration"], max_duration)
+                 for row in rows]
+    warn_of_unknown_words(model.text, prompts, args.checkpoint)
+    latents = generate(model, prompts, durations, seed=args.seed, steps=args.steps,
+                       guidance_scale=args.guidance_scale, solver=args.solver, negative_prompt=args.negative_prompt,
+                       batch_size=args.batch_size, progress=True)
+    audios = decode(model, latents, durations, args.batch_size, progress=len(latents) > args.batch_size)
+
+    from audio import save_spectrogram, write_wav
+    for path, audio, prompt in zip(paths, audios, prompts):
+        write_wav(path, audio, model.codec.sampling_rate)
+        if args.plot:
+            save_spectrogram(path.with_suffix(".png"), [audio], [prompt], model.codec.sampling_rate)
+        print(f"wrote {path} ({audio.shape[-1] / model.codec.sampling_rate:.2f} s): {prompt[:100]}")
+    print(f'next: listen to it, or ask for another: '
+          f'python sample.py --prompt "three beeps and wind" --seed {args.seed + 1} --plot')
+
+
+if __name__ == "__main__":
+    run_main(main)
