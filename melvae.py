@@ -7,6 +7,10 @@ pass on (EDM2, Karras et al. 2024): normalised weights without bias, pixel norm,
 names and layout are those of the official file; its weights are RAW, normalised in the forward pass.
 `latent_mean` and `latent_std` are ours.
 
+Two options are ours, off in the official layout. `patch` lays that many mel frames side by side as channels, in place of
+halvings. `linear_skip` adds to mean and output the whitened principal components of the patches (`start_linear`), so that
+the network only has to learn what a linear codec can't do: from scratch it needs hours for what these hold at once.
+
 Letters: B batch, M mel bands, F mel frames, L latent frames, C latent channels, D hidden width.
 """
 import math
@@ -208,22 +212,30 @@ class MelVAE(nn.Module):
     audio_channels = 1
 
     def __init__(self, data_dim=80, embed_dim=20, hidden_dim=384, ch_mult=(1, 2, 4), num_res_blocks=2, attn_layers=(3,),
-                 down_layers=(0,), kernel_size=3, clip_act=256.0, mel=None):
+                 down_layers=(0,), kernel_size=3, clip_act=256.0, patch=1, linear_skip=False, mel=None):
         super().__init__()
         mel = dict(mel or (MEL_16K if data_dim == 80 else MEL_44K), num_mels=data_dim)
         self.config = dict(data_dim=data_dim, embed_dim=embed_dim, hidden_dim=hidden_dim, ch_mult=list(ch_mult),
                            num_res_blocks=num_res_blocks, attn_layers=list(attn_layers),
-                           down_layers=list(down_layers), kernel_size=kernel_size, clip_act=clip_act, mel=mel)
+                           down_layers=list(down_layers), kernel_size=kernel_size, clip_act=clip_act,
+                           patch=patch, linear_skip=linear_skip, mel=mel)
         self.mel = LogMel(**mel)
         self.sampling_rate, self.latent_channels = mel["sampling_rate"], embed_dim
-        self.frames_per_latent = 2 ** len(down_layers)
+        self.patch, self.frames_per_latent = patch, patch * 2 ** len(down_layers)
         self.hop = mel["hop_size"] * self.frames_per_latent
         widths = [hidden_dim * multiple for multiple in ch_mult]
         rest = (widths, num_res_blocks, attn_layers, down_layers, kernel_size, clip_act)
-        self.encoder = Encoder(data_dim, 2 * embed_dim, *rest)
-        self.decoder = Decoder(embed_dim, data_dim, *rest)
+        self.encoder = Encoder(data_dim * patch, 2 * embed_dim, *rest)
+        self.decoder = Decoder(embed_dim, data_dim * patch, *rest)
         self.register_buffer("data_mean", torch.zeros(1, data_dim, 1))
         self.register_buffer("data_std", torch.ones(1, data_dim, 1))
+        self.linear_skip = linear_skip
+        if linear_skip:
+            if down_layers:
+                raise ValueError("a linear skip needs down_layers [], that is a latent frame per patch")
+            self.register_buffer("skip_encoder", torch.zeros(data_dim * patch, embed_dim))
+            self.register_buffer("skip_decoder", torch.zeros(embed_dim, data_dim * patch))
+            self.skip_logvar = nn.Parameter(torch.full((embed_dim,), -4.0))
         self.register_buffer("latent_mean", torch.zeros(embed_dim))
         self.register_buffer("latent_std", torch.ones(embed_dim))
 
@@ -231,13 +243,41 @@ class MelVAE(nn.Module):
         """Posterior of a log-mel (B, M, F), F a multiple of `frames_per_latent`: mean and std, each (B, L,
         C) raw.
         """
-        moments = self.encoder((log_mel - self.data_mean) / self.data_std)          # (B, 2 C, L)
+        x = self.to_patches(log_mel)                                                # (B, M patch, F / patch)
+        moments = self.encoder(x)                                                   # (B, 2 C, L)
         mean, logvar = moments.float().transpose(1, 2).chunk(2, dim=-1)             # (B, L, C)
+        if self.linear_skip:
+            mean = mean + x.transpose(1, 2) @ self.skip_encoder                     # (B, L, C)
+            logvar = logvar + self.skip_logvar
         return mean, (0.5 * logvar.clamp(-30, 20)).exp()
 
     def decode_mel(self, latents):
         """Raw latents (B, L, C) -> log-mel (B, M, F)."""
-        return self.decoder(latents.transpose(1, 2)).float() * self.data_std + self.data_mean
+        x = self.decoder(latents.transpose(1, 2)).float()                           # (B, M patch, F / patch)
+        if self.linear_skip:
+            x = x + (latents @ self.skip_decoder).transpose(1, 2)
+        x = x.unflatten(1, (-1, self.patch)).transpose(2, 3).flatten(2)             # (B, M, F)
+        return x * self.data_std + self.data_mean
+
+    def to_patches(self, log_mel):
+        """Log-mel (B, M, F), normalised per band, `patch` frames to a column -> (B, M patch, F / patch)."""
+        x = (log_mel - self.data_mean) / self.data_std                              # (B, M, F)
+        return x.unflatten(-1, (-1, self.patch)).transpose(2, 3).flatten(1, 2)
+
+    @torch.no_grad()
+    def start_linear(self, log_mels):
+        """Set the linear skip to the whitened principal components of log_mels (N, M, F), and the network's share to 0.
+
+        The first decode then is the best linear one; training adds what a network can on top of it.
+        """
+        columns = torch.cat([self.to_patches(part.float()).transpose(1, 2).flatten(0, 1)    # (N L, M patch)
+                             for part in log_mels.split(256)])
+        variance, axes = torch.linalg.eigh(columns.T @ columns / len(columns))
+        variance, axes = variance[-self.latent_channels:].clamp(min=1e-6), axes[:, -self.latent_channels:]
+        self.skip_encoder.copy_(axes / variance.sqrt())                             # (M patch, C)
+        self.skip_decoder.copy_((axes * variance.sqrt()).T)                         # (C, M patch)
+        self.encoder.learnable_gain.fill_(-1)
+        self.decoder.learnable_gain.fill_(-1)
 
     def encode(self, audio):
         """Audio (B, channels, samples) in [-1, 1] -> mean, std (B, L, C) raw; zeros fill up the last latent

@@ -29,11 +29,15 @@ TOY_OOBLECK = {
     "encoder_hidden_size": 8, "downsampling_ratios": [8, 8, 4], "channel_multiples": [4, 8, 16],
     "decoder_channels": 8, "decoder_input_channels": 32, "audio_channels": 1, "sampling_rate": 16000,
 }
-TOY_OOBLECK_TRAINING = {"learning_rate": 3e-3, "betas": (0.8, 0.99), "batch_size": 4, "clip_norm": 1.0}
 
 # Weights of the parts of `oobleck_losses`. STFT and KL as in Stable Audio 2.0, whose waveform weight is 0:
 # without its adversarial terms, left out here, the waveform term is the only one that sees the phase.
 LOSS_WEIGHTS = {"stft": 1.0, "waveform": 1.0, "kl": 1e-4}
+
+# How TOY_OOBLECK is trained: flags of vae.py, found by experiment on eight one-second clips. Its other flags
+# (beta2 0.99, 50 steps of warm-up, cosine decay, gradients clipped to norm 1) are right for both codecs.
+TOY_OOBLECK_TRAINING = {"lr": 3e-3, "beta1": 0.8, "batch_size": 4, "crop_seconds": 1.0, "steps": 3000,
+                        "kl_weight": LOSS_WEIGHTS["kl"]}
 
 DILATIONS = (1, 3, 9)
 KERNEL = 7

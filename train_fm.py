@@ -1,24 +1,26 @@
-"""Train or fine-tune the flow: the velocity from noise to the latents of captioned audio (paper 3.1, A.4, A.5).
+"""Train or fine-tune the flow: the velocity from noise to latents of captioned audio (paper 3.1, A.4, A.5).
 
-    python train_fm.py                                          # the toy model, from scratch, on the built-in world
-    python train_fm.py --max_minutes 30                         # half an hour of it; the same command goes on
-    python train_fm.py --checkpoint checkpoints/toy/base --data my.jsonl --train_text     # fine-tune on your clips
-    torchrun --nproc_per_node 5 train_fm.py --preset tangoflux --codec FOLDER --text_encoder google/flan-t5-large \\
-        --data wavcaps.jsonl --epochs 80 --learning_rate 5e-4 --warmup_steps 2000 --batch_size 16        # the paper's
+    python train_fm.py                           # the toy model, from scratch, on the built-in world
+    python train_fm.py --max_minutes 30          # half an hour of it; the same command goes on
+    python train_fm.py --checkpoint checkpoints/toy/base --data my.jsonl --train_text   # on your clips
+    torchrun --nproc_per_node 5 train_fm.py --preset tangoflux --codec FOLDER \\
+        --text_encoder google/flan-t5-large --data wavcaps.jsonl --epochs 80 --batch_size 16 \\
+        --learning_rate 5e-4 --warmup_steps 2000                                         # the paper's
 
-The run's folder is a model folder, which sample.py and all other scripts load: its tangoflux.safetensors (and its
-text_encoder, if trained) hold the AVERAGED weights unless --save_weights raw. ema.safetensors holds the average of
-all that was trained, state.pt what a resume needs. A run found in --out is resumed: example i, its noise, its t and
-its dropout follow from (seed, i) alone, so that a killed and resumed run ends with the same bits.
+The run's folder is a model folder, which sample.py and all other scripts load: its tangoflux.safetensors (and
+its text_encoder, if trained) hold the AVERAGED weights unless --save_weights raw. ema.safetensors holds the
+average of all that was trained, state.pt what a resume needs. A run found in --out is resumed: example i, its
+noise, its t and its dropout follow from (seed, i) alone: a killed and resumed run ends with the same bits.
 
 Where paper and official code differ, we do this:
   - the duration embedder is trained (the official optimizer forgets it: it gets transformer and fc only);
-  - the text encoder is in eval mode, without T5's dropout (the official loop turns it on by accident); it is trained
-    from scratch with the flow, and frozen when it comes from elsewhere, unless --train_text;
-  - condition dropout replaces the text by T5(""), the very null that guidance uses, and keeps the duration (the paper
-    has none; the official option zeroes text and duration but not the pooled text: --null official_zeros);
+  - the text encoder is in eval mode, without T5's dropout (the official loop turns it on by accident); it is
+    trained from scratch with the flow, and frozen when it comes from elsewhere, unless --train_text;
+  - condition dropout replaces the text by T5(""), the very null that guidance uses, and keeps the duration
+    (the paper has none; the official option zeroes text and duration, not the pooled text:
+    --null official_zeros);
   - t is continuous (official: on a grid of 1/1000: --t_grid 1000); text padding is hidden from attention;
-  - weight decay spares biases, gains and frequencies; gradients are clipped; weights are averaged (official: none).
+  - weight decay spares biases, gains, frequencies; gradients are clipped, weights averaged (official: none).
 
 B batch, L latent frames, C latent channels, S text tokens, D text width.
 """
@@ -34,20 +36,20 @@ import torch
 
 from cache import TRAIN_SCENES, VAL_SCENES, default_folder, gather, manifest_cache, prepare, world_cache
 from common import UserError, append_jsonl, derive_seed, generator, in_range, run_main, warn
-from training import (average_decay, choose_dtype, draw_losses, export, learning_rate, load_state, log_line,
-                      make_optimizer, mean_over_ranks, save_state, start_ranks, trainable, trim_log, update_average,
-                      wait_for_ranks, weights_replaced)
+from training import (average_decay, choose_dtype, draw_log, export, linear_decay, load_state, log_line,
+                      make_optimizer, mean_over_ranks, save_state, start_ranks, trainable, trim_log,
+                      update_average, wait_for_ranks, weights_replaced)
 
 VAL_BINS = 5               # validation loss is also logged per fifth of t
 # flags that decide what the weights become: a run is resumed only if they are the same
-DECISIVE = ("checkpoint", "preset", "text_encoder", "max_text_length", "seed", "batch_size", "learning_rate", "beta1",
-            "beta2", "weight_decay", "clip", "ema", "dropout", "null", "t_mean", "t_std", "t_grid")
+DECISIVE = ("checkpoint", "preset", "text_encoder", "max_text_length", "seed", "batch_size", "learning_rate",
+            "beta1", "beta2", "weight_decay", "clip", "ema", "dropout", "null", "t_mean", "t_std", "t_grid")
 RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
-          ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10), ("clip", 0, 1e9),
-          ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20), ("t_std", 1e-6, 20), ("t_grid", 0, 1e6),
-          ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 1), ("max_minutes", 0, math.inf),
-          ("save_every", 1, 1e9), ("log_every", 1, 1e9), ("val_every", 1, 1e9), ("val_clips", 1, 1e6),
-          ("max_text_length", 2, 100000), ("workers", 0, 256))
+          ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10),
+          ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20), ("t_std", 1e-6, 20),
+          ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 1),
+          ("max_minutes", 0, math.inf), ("save_every", 1, 1e9), ("log_every", 1, 1e9), ("val_every", 1, 1e9),
+          ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("workers", 0, 256))
 
 # ============================================================================= the algorithm
 
@@ -55,7 +57,7 @@ RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("le
 def logit_normal_t(count, rng, mean=0.0, std=1.0, grid=None):
     """t (count,) = sigmoid(normal(mean, std)), in (0, 1) (paper A.5, after Esser et al. 2024; "variance 1").
 
-    With `grid` = 1000, the official discretisation: t = (1000 - floor(1000 u)) / 1000, one of 0.001, 0.002, ..., 1.
+    With `grid` = 1000, the official discretisation: t = (1000 - floor(1000 u)) / 1000: 0.001, 0.002, ..., 1.
     """
     u = torch.sigmoid(mean + std * torch.randn(count, generator=rng))
     return on_grid(u, grid) if grid else u
@@ -67,19 +69,22 @@ def on_grid(u, grid):
 
 
 def interpolate(x1, x0, t):
-    """x_t = (1 - t) x_1 + t x_0 and its velocity v = x_0 - x_1 (paper Eq. 4): x_1 data, x_0 noise (B, L, C), t (B,)."""
+    """x_t = (1 - t) x_1 + t x_0 and its velocity v = x_0 - x_1 (paper Eq. 4).
+
+    x1 data and x0 noise (B, L, C), t (B,).
+    """
     t = t[:, None, None]                                                          # (B, 1, 1)
     return (1 - t) * x1 + t * x0, x0 - x1
 
 
 def flow_matching_loss(velocity, target):
-    """Paper Eq. 5, the mean over (L, C): returns the batch's mean and the losses per example (B,), in float32."""
+    """Paper Eq. 5, the mean over (L, C): the batch's mean and the losses per example (B,), in float32."""
     per_example = (velocity.float() - target.float()).square().mean((1, 2))       # (B,)
     return per_example.mean(), per_example
 
 
 class Batch(NamedTuple):
-    """One training batch on the device. `ids` or `hidden` is None: text live, or from the cache of a frozen encoder."""
+    """One training batch on the device. Text is live (`ids`) or a frozen encoder's (`hidden`), else None."""
     x1: torch.Tensor                # (B, L, C) normalised latents
     x0: torch.Tensor                # (B, L, C) noise
     t: torch.Tensor                 # (B,)
@@ -91,7 +96,7 @@ class Batch(NamedTuple):
 
 
 def text_condition(encoder, batch, null):
-    """Condition of a batch; dropped rows get T5("") padded to their own length, as guidance does (model.null_condition)."""
+    """Condition of a batch; dropped rows get T5("") padded to their own length (model.null_condition)."""
     from model import Condition, null_tokens
     lengths = batch.mask.sum(1)                                                   # (B,)
     null_ids, null_mask, null_visible = null_tokens(lengths)                      # (B, S)
@@ -99,18 +104,19 @@ def text_condition(encoder, batch, null):
     pooled_mask = torch.where(dropped, null_mask.bool(), batch.mask)              # (B, S)
     visible = torch.where(dropped, null_visible.bool(), batch.mask)               # (B, S)
     if batch.hidden is None:
-        hidden = encoder.encode(torch.where(dropped, null_ids, batch.ids), pooled_mask)                 # (B, S, D)
+        hidden = encoder.encode(torch.where(dropped, null_ids, batch.ids), pooled_mask)     # (B, S, D)
     else:
-        with torch.no_grad():       # the null's padding sees the end token only: the longest row holds all the others
+        with torch.no_grad():       # its padding sees the end token only: the longest row holds all others
             longest = lengths.argmax()[None]
-            null_hidden = encoder.encode(null_ids[longest], null_mask[longest])                         # (1, S, D)
-        hidden = torch.where(dropped[..., None], null_hidden.to(batch.hidden.dtype), batch.hidden)      # (B, S, D)
+            null_hidden = encoder.encode(null_ids[longest], null_mask[longest])             # (1, S, D)
+        null_hidden = null_hidden.to(batch.hidden.dtype)
+        hidden = torch.where(dropped[..., None], null_hidden, batch.hidden)                 # (B, S, D)
     return Condition(hidden, visible, pooled_mask, batch.duration)
 
 
 def zeroed_velocity(flow, latents, t, condition, dropped):
-    """The official dropout ("uncondition"): text AND duration token of dropped rows are zero, the pooled text is kept."""
-    text, pooled, mask = flow.condition_inputs(condition)                         # (B, S+1, D), (B, D), (B, S+1)
+    """The official dropout: text AND duration token of dropped rows are zero, the pooled text is kept."""
+    text, pooled, mask = flow.condition_inputs(condition)       # (B, S+1, D), (B, D), (B, S+1)
     return flow.transformer(latents, t, text * ~dropped[:, None, None], pooled, mask)
 
 
@@ -134,7 +140,7 @@ def epoch_order(seed, epoch, count):
 
 
 def collate(data, codec, chosen, draws):
-    """Rows `chosen` of the cache and their `draws` (posterior noise, x0, t, dropped) -> Batch on the codec's device.
+    """Rows `chosen` of the cache and their `draws` (posterior noise, x0, t, dropped) -> Batch on the device.
 
     The latent is a sample of the codec's posterior, normalised.
     """
@@ -146,18 +152,19 @@ def collate(data, codec, chosen, draws):
 
 
 def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_std=1.0, t_grid=None):
-    """Examples first .. first + count - 1 of an endless run through shuffled epochs; each depends on (seed, i) only."""
+    """Examples first .. first + count - 1 of endless shuffled epochs; each depends on (seed, i) only."""
     shape, n, chosen, draws = data.cache.mean.shape[1:], len(data.rows), [], []
     for position in range(first, first + count):
         rng = generator(seed, "example", position)
         chosen.append(data.rows[epoch_order(seed, position // n, n)[position % n]])
         draws.append((torch.randn(shape, generator=rng), torch.randn(shape, generator=rng),
-                      logit_normal_t(1, rng, t_mean, t_std, t_grid)[0], torch.rand((), generator=rng) < dropout))
+                      logit_normal_t(1, rng, t_mean, t_std, t_grid)[0],
+                      torch.rand((), generator=rng) < dropout))
     return collate(data, codec, np.array(chosen), draws)
 
 
 def validation_batches(data, codec, count, size=64):
-    """The fixed grid: the first `count` rows, fixed noise, t at the quantiles of the logit-normal, no dropout.
+    """The fixed grid: the first `count` rows, fixed noise, t at quantiles of the logit-normal, no dropout.
 
     Its generators are its own: validating draws nothing that training would.
     """
@@ -197,11 +204,12 @@ def load_parts(args, device):
     if args.checkpoint:
         model = load_model(args.checkpoint, device)
         if model.flow.config["in_channels"] != model.codec.latent_channels:
-            raise UserError(f"{args.checkpoint}: the codec's latents are {model.codec.latent_channels} wide, the flow's "
-                            f"{model.flow.config['in_channels']}; use a folder whose parts belong together")
+            raise UserError(f"{args.checkpoint}: the codec's latents are {model.codec.latent_channels} wide, "
+                            f"the flow's {model.flow.config['in_channels']}; use parts that belong together")
         return model.flow, model.codec, model.text, not args.train_text
     codec = load_codec(args.codec).to(device).eval()
-    config = {**PRESETS[args.preset], "in_channels": codec.latent_channels, "text_encoder_name": "text_encoder"}
+    config = {**PRESETS[args.preset], "in_channels": codec.latent_channels,
+              "text_encoder_name": "text_encoder"}
     config["audio_seq_len"] = round(config["max_duration"] * codec.sampling_rate) // codec.hop
     if args.text_encoder:
         folder = Path(args.text_encoder)
@@ -211,26 +219,28 @@ def load_parts(args, device):
     else:
         from world import known_words
         encoder = make_text_encoder(known_words(), config["joint_attention_dim"], seed=args.seed)
-    with torch.random.fork_rng(devices=[]):                 # initialisation is the one place with the global generator
+    with torch.random.fork_rng(devices=[]):     # initialisation is the one place with the global generator
         torch.manual_seed(derive_seed(args.seed, "flow"))
         flow = TangoFlux(config)
     return flow.to(device), codec, encoder.to(device), bool(args.text_encoder) and not args.train_text
 
 
 def load_data(args, codec, encoder, frozen, max_duration):
-    """(training Data, validation Data): latent caches of the world or of the manifest, built where missing."""
+    """(training Data, validation Data): latent caches of the world or a manifest, built where missing."""
     samples = round(max_duration * codec.sampling_rate)
     ready = functools.partial(prepare, encoder=encoder, max_length=args.max_text_length, frozen=frozen)
     folder = Path(args.cache) if args.cache else default_folder(args.data)
     if not args.data:
-        train = world_cache(folder, codec, "train", args.scenes, args.world_seed, samples=samples, workers=args.workers)
+        rest = dict(samples=samples, workers=args.workers)
+        train = world_cache(folder, codec, "train", args.scenes, args.world_seed, **rest)
         folder = Path(f"{args.cache}_val") if args.cache else default_folder(None, "val")
-        held = world_cache(folder, codec, "val", args.val_scenes, args.world_seed, samples=samples, workers=args.workers)
+        held = world_cache(folder, codec, "val", args.val_scenes, args.world_seed, **rest)
         return ready(train, train.kept), ready(held, held.kept)
     from data import manifest_rows, split_rows
     cache = manifest_cache(folder, codec, args.data, manifest_rows(args), samples, args.crop, args.workers)
-    held = {row["audio"] for row in split_rows([cache.rows[i] for i in cache.kept], args.validation_fraction)[1]}
-    chosen = np.array([cache.rows[i]["audio"] in held for i in cache.kept])
+    kept = [cache.rows[i] for i in cache.kept]
+    held = {row["audio"] for row in split_rows(kept, args.validation_fraction)[1]}
+    chosen = np.array([row["audio"] in held for row in kept])
     if not held:
         warn(f"{args.data} leaves nothing to validate on: the validation loss is that of training clips")
     data = ready(cache, cache.kept[~chosen])
@@ -238,19 +248,19 @@ def load_data(args, codec, encoder, frozen, max_duration):
 
 
 def train(args):
-    """The whole run: parts, data, resume, steps, log, checkpoints. Returns (rank, steps done, steps of the schedule)."""
+    """The whole run: parts, data, resume, steps, log, checkpoints. Returns (rank, steps done, all steps)."""
     from model import save_model
     rank, ranks, device = start_ranks(args.device)
     say, out, began = print if rank == 0 else lambda *_: None, Path(args.out), time.monotonic()
     autocast = choose_dtype(args.dtype, device, say)
     flow, codec, encoder, frozen = load_parts(args, device)
     if rank > 0:
-        wait_for_ranks(ranks)                               # the first process builds the caches, the others open them
+        wait_for_ranks(ranks)                   # the first process builds the caches, the others open them
     data, held = load_data(args, codec, encoder, frozen, flow.config["max_duration"])
     if rank == 0:
         wait_for_ranks(ranks)
     flow.train()
-    encoder.train(not frozen).t5.eval()                     # train() lets gradients through; T5's dropout stays off
+    encoder.train(not frozen).t5.eval()         # train() lets gradients through; T5's dropout stays off
     encoder.requires_grad_(not frozen)
     named = trainable(flow, None if frozen else encoder)
     optimizer = make_optimizer(named, (args.beta1, args.beta2), args.weight_decay)
@@ -258,7 +268,8 @@ def train(args):
     steps = math.ceil(args.epochs * len(data.rows) / (args.batch_size * ranks)) if args.epochs else args.steps
     warmup = args.warmup_steps if args.warmup_steps is not None else max(1, min(300, steps // 10))
     settings = {**{name: getattr(args, name) for name in DECISIVE}, "steps": steps, "warmup_steps": warmup,
-                "processes": ranks, "latents": data.cache.key, "training clips": len(data.rows), "text frozen": frozen}
+                "processes": ranks, "latents": data.cache.key, "training clips": len(data.rows),
+                "text frozen": frozen}
     step, earlier = load_state(out, named, optimizer, average, settings)
     save = functools.partial(save_model, out, flow=flow, text=None if frozen else encoder,
                              extra={"training": {**vars(args), **settings}})
@@ -268,16 +279,17 @@ def train(args):
         if step:
             export(out, save, named, average, args.save_weights)      # a kill may have come between two files
     say(f"{len(data.rows)} training and {len(held.rows)} validation clips, text encoder "
-        f"{'frozen' if frozen else 'trained'}, {sum(p.numel() for p in named.values()):,} trained parameters; "
+        f"{'frozen' if frozen else 'trained'}, {sum(p.numel() for p in named.values()):,} parameters; "
         + (f"going on at step {step} of {steps}" if step else f"{steps} steps"))
     grid = list(validation_batches(held, codec, args.val_clips)) if rank == 0 else []
     losses, mark, late = [], time.monotonic(), torch.zeros(1, device=device)
     while step < steps and not late:
-        rate = learning_rate(step, args.learning_rate, warmup, steps)
+        rate = linear_decay(step, args.learning_rate, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = training_batch(data, codec, args.seed, (step * ranks + rank) * args.batch_size, args.batch_size,
-                               args.dropout, args.t_mean, args.t_std, args.t_grid)
+        first = (step * ranks + rank) * args.batch_size
+        batch = training_batch(data, codec, args.seed, first, args.batch_size, args.dropout, args.t_mean,
+                               args.t_std, args.t_grid)
         with autocast():
             loss, _ = batch_loss(flow, encoder, batch, args.null)
         optimizer.zero_grad()
@@ -288,8 +300,8 @@ def train(args):
         norm = torch.nn.utils.clip_grad_norm_(named.values(), args.clip or math.inf).item()
         losses.append(loss.item())
         if not math.isfinite(losses[-1] + norm):
-            raise UserError(f"step {step}: the loss is {losses[-1]:g}, its gradient norm {norm:g}; lower --learning_rate "
-                            f"or use --dtype float32 (state.pt in {out} is the last good step saved)")
+            raise UserError(f"step {step}: the loss is {losses[-1]:g}, its gradient norm {norm:g}; lower "
+                            "--learning_rate or use --dtype float32 (state.pt is the last good step saved)")
         optimizer.step()
         update_average(average, named, average_decay(step, args.ema))
         step += 1
@@ -310,66 +322,104 @@ def train(args):
     return rank, step, steps
 
 
+def draw_losses(out):
+    """loss.png: training and validation loss, and validation per bin of t. False without matplotlib."""
+    def per_bin(row, k):
+        return row["val_bins_ema"][k] if "val_bins_ema" in row else None
+    losses = {"training": "loss", "validation": "val_loss", "validation, averaged weights": "val_loss_ema"}
+    losses = {label: lambda row, key=key: row.get(key) for label, key in losses.items()}
+    bins = {f"t {k / VAL_BINS:.1f} to {(k + 1) / VAL_BINS:.1f}": functools.partial(per_bin, k=k)
+            for k in range(VAL_BINS)}
+    return draw_log(out, [("flow-matching loss", "log", losses),
+                          ("validation by t, averaged weights", "log", bins)])
+
+
 # ============================================================================= command line
 
 
 def parse_args(arguments=None):
     from data import add_data_flags
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", help="model folder or hub id to start from (default: a new flow and text encoder)")
+    group.add_argument("--checkpoint",
+                       help="model folder or hub id to start from (default: a new flow and text encoder)")
     group.add_argument("--codec", default="checkpoints/toy/base",
                        help="folder with the codec of a new flow (default: checkpoints/toy/base)")
     group.add_argument("--preset", choices=["toy", "tangoflux"], default="toy",
                        help="size of a new flow (default: toy; paper: tangoflux, 6 + 18 blocks, 1024 wide)")
-    group.add_argument("--text_encoder", help="T5 folder or hub id for a new flow, then frozen "
-                                              "(default: a small new one, trained; paper: google/flan-t5-large)")
-    group.add_argument("--train_text", action="store_true", help="train a given text encoder, too (default: off, as paper)")
-    group.add_argument("--max_text_length", type=int, default=64, help="text tokens (default: 64, as the official code)")
+    group.add_argument("--text_encoder", help="T5 folder or hub id for a new flow, then frozen (default: "
+                                              "a small new one, trained; paper: google/flan-t5-large)")
+    group.add_argument("--train_text", action="store_true",
+                       help="train a given text encoder, too (default: off, as paper)")
+    group.add_argument("--max_text_length", type=int, default=64,
+                       help="text tokens (default: 64, as the official code)")
     add_data_flags(parser)
     group = parser.add_argument_group("data")
-    group.add_argument("--scenes", type=int, default=TRAIN_SCENES, help=f"scenes of the world (default: {TRAIN_SCENES})")
-    group.add_argument("--val_scenes", type=int, default=VAL_SCENES, help=f"held-out scenes (default: {VAL_SCENES})")
+    group.add_argument("--scenes", type=int, default=TRAIN_SCENES,
+                       help=f"scenes of the world (default: {TRAIN_SCENES})")
+    group.add_argument("--val_scenes", type=int, default=VAL_SCENES,
+                       help=f"held-out scenes (default: {VAL_SCENES})")
     group.add_argument("--world_seed", type=int, default=0, help="of the scenes (default: 0)")
-    group.add_argument("--validation_fraction", type=float, default=0.05, help="of a manifest's files (default: 0.05)")
-    group.add_argument("--cache", help="folder of the latents (default: cache/world_train, or cache/ and the manifest's name)")
-    group.add_argument("--workers", type=int, default=2, help="processes that render, threads that read (default: 2)")
+    group.add_argument("--validation_fraction", type=float, default=0.05,
+                       help="of a manifest's files (default: 0.05)")
+    group.add_argument("--cache",
+                       help="of the latents (default: cache/world_train, or cache/ and a manifest's name)")
+    group.add_argument("--workers", type=int, default=2,
+                       help="processes that render, threads that read (default: 2)")
     group = parser.add_argument_group("flow matching")
-    group.add_argument("--t_mean", type=float, default=0.0, help="of the logit-normal t (default: 0; paper A.5: 0)")
-    group.add_argument("--t_std", type=float, default=1.0, help="of the logit-normal t (default: 1; paper A.5: variance 1)")
-    group.add_argument("--t_grid", type=int, default=0, help="noise levels of t (default: 0, continuous; official code: 1000)")
+    group.add_argument("--t_mean", type=float, default=0.0,
+                       help="of the logit-normal t (default: 0; paper A.5: 0)")
+    group.add_argument("--t_std", type=float, default=1.0,
+                       help="of the logit-normal t (default: 1; paper A.5: variance 1)")
+    group.add_argument("--t_grid", type=int, default=0,
+                       help="noise levels of t (default: 0, continuous; official code: 1000)")
     group.add_argument("--dropout", type=float, default=0.1,
-                       help="share of examples that lose their text (default: 0.1; paper: none; official option: 0.1)")
+                       help="share of examples losing their text (default: 0.1; paper: none; official: 0.1)")
     group.add_argument("--null", choices=["empty_prompt", "official_zeros"], default="empty_prompt",
-                       help="what dropped examples get: T5(\"\") as in guidance, or the official zeros (default: empty_prompt)")
+                       help="what dropped examples get: T5(\"\") as in guidance, or the official zeros "
+                            "(default: empty_prompt)")
     group = parser.add_argument_group("optimizer (paper A.5)")
-    group.add_argument("--steps", type=int, default=6000, help="default: 6000; paper: 80 epochs, then 65 on AudioCaps")
+    group.add_argument("--steps", type=int, default=3500,
+                       help="default: 3500; paper: 80 epochs, then 65 on AudioCaps")
     group.add_argument("--epochs", type=float, help="instead of --steps (paper: 80, then 65 of fine-tuning)")
-    group.add_argument("--batch_size", type=int, default=64, help="a process (default: 64; paper: 16 on each of 5 GPUs, 80)")
-    group.add_argument("--learning_rate", type=float, help="peak (default: 1e-3, with --checkpoint 1e-4; paper: 5e-4)")
-    group.add_argument("--warmup_steps", type=int, help="then linear decay to 0 (default: 300, at most a tenth; paper: 2000)")
+    group.add_argument("--batch_size", type=int, default=64,
+                       help="a process (default: 64; paper: 16 on each of 5 GPUs, 80)")
+    group.add_argument("--learning_rate", type=float,
+                       help="peak (default: 1e-3, with --checkpoint 1e-4; paper: 5e-4)")
+    group.add_argument("--warmup_steps", type=int,
+                       help="then linear decay to 0 (default: 300, at most a tenth; paper: 2000)")
     group.add_argument("--beta1", type=float, default=0.9, help="of AdamW (default: 0.9; paper: 0.9)")
     group.add_argument("--beta2", type=float, default=0.95, help="of AdamW (default: 0.95; paper: 0.95)")
-    group.add_argument("--weight_decay", type=float, default=1e-2, help="of AdamW (default: 0.01, as the official code)")
-    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, 0: any (default: 1; official: any)")
-    group.add_argument("--ema", type=float, default=0.999, help="decay of the weight average (default: 0.999; official: none)")
+    group.add_argument("--weight_decay", type=float, default=1e-2,
+                       help="of AdamW (default: 0.01, as the official code)")
+    group.add_argument("--clip", type=float, default=1.0,
+                       help="largest gradient norm, 0: any (default: 1; official: any)")
+    group.add_argument("--ema", type=float, default=0.999,
+                       help="decay of the weight average (default: 0.999; official: none)")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", help="folder; a run found there goes on (default: runs/base, with --checkpoint runs/tuned)")
-    group.add_argument("--seed", type=int, default=0, help="of initialisation, order, noise, t, dropout (default: 0)")
+    group.add_argument("--out",
+                       help="a run found there goes on (default: runs/base, with --checkpoint runs/tuned)")
+    group.add_argument("--seed", type=int, default=0,
+                       help="of initialisation, order, noise, t, dropout (default: 0)")
     group.add_argument("--max_minutes", type=float,
-                       help="stop after these minutes of this command, saved; the same command goes on (default: no limit)")
+                       help="stop after these minutes of this command, saved; the same command goes on "
+                            "(default: no limit)")
     group.add_argument("--save_every", type=int, default=250, help="steps (default: 250)")
     group.add_argument("--save_weights", choices=["ema", "raw"], default="ema",
                        help="what tangoflux.safetensors holds: averaged or latest weights (default: ema)")
     group.add_argument("--log_every", type=int, default=10, help="steps (default: 10)")
     group.add_argument("--val_every", type=int, default=250, help="steps (default: 250)")
-    group.add_argument("--val_clips", type=int, default=256, help="clips of the validation grid (default: 256)")
+    group.add_argument("--val_clips", type=int, default=256,
+                       help="clips of the validation grid (default: 256)")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                       help="of the matrix products (default: auto, bfloat16 where the hardware has it; official: float32)")
+                       help="of the matrix products (default: auto, bfloat16 where the hardware has it; "
+                            "official: float32)")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parser.parse_args(arguments)
     args.out = args.out or ("runs/tuned" if args.checkpoint else "runs/base")
-    args.learning_rate = (1e-4 if args.checkpoint else 1e-3) if args.learning_rate is None else args.learning_rate
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.checkpoint else 1e-3
     for name, low, high in RANGES:
         if getattr(args, name) is not None:
             in_range(f"--{name}", getattr(args, name), low, high)
@@ -382,7 +432,8 @@ def main():
     if rank > 0:
         return
     pictures = ", loss.png" * draw_losses(args.out)
-    print(f"wrote {args.out}: tangoflux.safetensors ({'averaged' if args.save_weights == 'ema' else 'latest'} weights), "
+    which = "averaged" if args.save_weights == "ema" else "latest"
+    print(f"wrote {args.out}: tangoflux.safetensors ({which} weights), "
           f"vae.safetensors, text_encoder/, config.json, ema.safetensors, state.pt, log.jsonl{pictures}")
     if step < steps:
         print(f"stopped at step {step} of {steps}: the same command goes on")

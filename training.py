@@ -1,8 +1,9 @@
-"""What the loops that train the flow share: schedule, optimizer, weight average, resume, precision, log and picture.
+"""What the training loops share: schedules, optimizer, weight average, resume, precision, log and picture.
 
-A run's folder is a model folder plus `state.pt` (all that a resume needs, one atomic file, read with weights_only),
-`ema.safetensors` (the average of every trained tensor) and `log.jsonl`. Everything beside state.pt can be written again
-from it, and is when a run resumes: a kill between two files can't mix steps.
+A run's folder is a model folder plus `state.pt` (all that a resume needs, one atomic file, read with
+weights_only), `log.jsonl` and, where weights are averaged, `ema.safetensors` (the average of every trained
+tensor). Everything beside state.pt can be written again from it, and is when a run resumes: a kill between
+two files can't mix steps.
 """
 import contextlib
 import json
@@ -15,15 +16,22 @@ import torch
 
 from common import UserError, atomic_path, choose_device, read_jsonl, save_tensors
 
-# ----------------------------------------------------------------------------- optimizer and weight average
+# ----------------------------------------------------------------------------- schedules, optimizer, average
 
+def linear_decay(step, peak, warmup, steps):
+    """Rate of step 0, 1, ...: linear warm-up to `peak` over `warmup` steps, linear decay to 0 at `steps`.
 
-def learning_rate(step, peak, warmup, steps):
-    """Rate of step 0, 1, ...: linear warm-up to `peak` over `warmup` steps, then linear decay to 0 at `steps`.
-
-    Paper A.5: "a linear learning rate scheduler for 2000 steps", read as its length of warm-up, as the official code.
+    For the flow. Paper A.5: "a linear learning rate scheduler for 2000 steps", read as its length of warm-up,
+    as the official code.
     """
     return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+def cosine_decay(step, peak, warmup, steps):
+    """The same warm-up, then half a cosine down to 0 at `steps`: for the codecs, whose rates are high."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def trainable(flow, encoder=None):
@@ -35,14 +43,17 @@ def trainable(flow, encoder=None):
 
 
 def make_optimizer(named, betas=(0.9, 0.95), weight_decay=1e-2):
-    """AdamW over {name: parameter}; matrices decay, vectors (biases, gains, frequencies) don't. Set the rate each step."""
+    """AdamW over {name: parameter}; matrices decay, vectors (biases, gains, frequencies) don't.
+
+    Its rate is 0 until the loop sets it, which it does before each step.
+    """
     groups = [{"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
 
 
 def average_decay(step, decay):
-    """Decay of the weight average at step 0, 1, ...: min(decay, (1 + n) / (10 + n)), so that early weights fade."""
+    """Decay of the weight average at step n = 0, 1, ...: min(decay, (1 + n) / (10 + n)), short at first."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -73,7 +84,11 @@ def weights_replaced(named, tensors):
 # ----------------------------------------------------------------------------- the run's folder
 
 def save_state(out, named, optimizer, average, step, settings, minutes):
-    """Write state.pt: weights, average and optimizer after `step` steps, and the settings of the run."""
+    """Write state.pt: weights, average and optimizer after `step` steps, and the settings of the run.
+
+    named: {name: parameter or buffer}; average: the same for averaged weights, {} where there are none. No
+    state of a generator: whatever a step draws follows from (seed, step).
+    """
     state = {"step": step, "weights": {name: p.detach() for name, p in named.items()}, "average": average,
              "optimizer": optimizer.state_dict(), "settings": json.dumps(settings), "minutes": minutes}
     with atomic_path(Path(out) / "state.pt") as temporary:
@@ -81,21 +96,21 @@ def save_state(out, named, optimizer, average, step, settings, minutes):
 
 
 def export(out, save, named, average, which="ema"):
-    """Write the model folder by `save()` with the averaged ("ema") or the latest ("raw") weights, and ema.safetensors."""
+    """Write ema.safetensors and, by `save()`, the model folder, with averaged ("ema") or "raw" weights."""
     with weights_replaced(named, average) if which == "ema" else contextlib.nullcontext():
         save()
     save_tensors(Path(out) / "ema.safetensors", average)
 
 
-def load_state(out, named, optimizer, average, settings):
+def load_state(out, named, optimizer, average, settings, product="tangoflux.safetensors"):
     """Put the run found in `out` back, in place, and return (steps done, minutes); (0, 0.0) if there is none.
 
-    Raises UserError if the run was started with other settings, if its state can't be read, or if `out` holds a
-    finished model that no run of this kind made.
+    `named` and `average` as in `save_state`. Raises UserError if the run was started with other settings, if
+    its state can't be read, or if `out` holds weights (the file `product`) that no run of this kind made.
     """
     path = Path(out) / "state.pt"
     if not path.is_file():
-        if (Path(out) / "tangoflux.safetensors").exists():
+        if (Path(out) / product).exists():
             raise UserError(f"{out} holds a model but no state.pt to go on from; choose another --out")
         return 0, 0.0
     try:
@@ -108,7 +123,7 @@ def load_state(out, named, optimizer, average, settings):
     for name in {**started, **wanted}:
         if started.get(name) != wanted.get(name):
             raise UserError(f"the run in {out} was started with {name} = {started.get(name)}, now it is "
-                            f"{wanted.get(name)}; give the same flags to go on, or another --out to start anew")
+                            f"{wanted.get(name)}; give the same flags to go on, or another --out")
     copy_weights(named, state["weights"])
     for name, tensor in average.items():
         tensor.copy_(state["average"][name])
@@ -125,36 +140,40 @@ def trim_log(out, step):
 
 
 def log_line(row, steps):
-    """One line of progress from a row of log.jsonl."""
-    value = f"  val {row['val_loss']:.4f}, averaged weights {row['val_loss_ema']:.4f}" if "val_loss" in row else ""
-    return (f"step {row['step']}/{steps}  loss {row['loss']:.4f}{value}  lr {row['lr']:.1e}  grad {row['grad_norm']:.2f}"
-            f"  {row['seconds_per_step']:.2f} s/step  {row['minutes']:.1f} min")
+    """One line of progress from a row of a flow's log.jsonl."""
+    value = ""
+    if "val_loss" in row:
+        value = f"  val {row['val_loss']:.4f}, averaged weights {row['val_loss_ema']:.4f}"
+    return (f"step {row['step']}/{steps}  loss {row['loss']:.4f}{value}  lr {row['lr']:.1e}  "
+            f"grad {row['grad_norm']:.2f}  {row['seconds_per_step']:.2f} s/step  {row['minutes']:.1f} min")
 
 
-def draw_losses(out):
-    """loss.png from log.jsonl: training and validation loss, and validation per bin of t. False without matplotlib."""
+def draw_log(out, panels, name="loss.png"):
+    """The picture `name` of out/log.jsonl: a panel per (title, scale "log" or "linear", {label: curve}).
+
+    A curve is a function of a row of the log to a number, or None where the row has none; curves without a
+    point are left out. Returns False, with a notice, without matplotlib.
+    """
     rows = read_jsonl(Path(out) / "log.jsonl")
-    validated = [row for row in rows if "val_loss" in row]
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no loss.png: install matplotlib for pictures")
+        print(f"no {name}: install matplotlib for pictures")
         return False
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training", alpha=0.5)
-    for key, label in (("val_loss", "validation"), ("val_loss_ema", "validation, averaged weights")):
-        left.plot([row["step"] for row in validated], [row[key] for row in validated], label=label)
-    steps, bins = [row["step"] for row in validated], [row["val_bins_ema"] for row in validated]
-    for k in range(len(bins[0]) if bins else 0):
-        values = [math.nan if row[k] is None else row[k] for row in bins]
-        right.plot(steps, values, label=f"t {k / len(bins[0]):.1f} to {(k + 1) / len(bins[0]):.1f}")
-    for axis, title in ((left, "flow-matching loss"), (right, "validation by t, averaged weights")):
-        axis.set(title=title, xlabel="step", yscale="log")
-        axis.legend()
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    for axis, (title, scale, curves) in zip(axes[0], panels):
+        for label, curve in curves.items():
+            points = [(row["step"], curve(row)) for row in rows if curve(row) is not None]
+            if points:
+                axis.plot(*zip(*points), label=label)
+                axis.legend()
+        axis.set(title=title, xlabel="step", yscale=scale)
+        if scale == "linear":
+            axis.set_ylim(bottom=0)
     figure.tight_layout()
-    with atomic_path(Path(out) / "loss.png") as temporary:
+    with atomic_path(Path(out) / name) as temporary:
         figure.savefig(temporary, dpi=100)
     plt.close(figure)
     return True
@@ -163,7 +182,7 @@ def draw_losses(out):
 # ----------------------------------------------------------------------------- precision and processes
 
 def choose_dtype(name, device, say=print):
-    """-> autocast() for a `with`. "auto" is bfloat16 where the hardware multiplies in it, else float32; told once."""
+    """-> autocast() for a `with`; "auto" is bfloat16 where the hardware has it, else float32; told once."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -175,18 +194,20 @@ def choose_dtype(name, device, say=print):
         reason = "as asked"
     say(f"dtype: {name} ({reason}); weights and optimizer stay float32")
     dtype = getattr(torch, name)
-    return lambda: torch.autocast(device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32)
+    lower = dtype != torch.float32
+    return lambda: torch.autocast(device.type, dtype if lower else None, lower)
 
 
 def start_ranks(device_name):
-    """(rank, ranks, device): one process, unless torchrun started several, which then average their gradients."""
+    """(rank, ranks, device): one process, or several started by torchrun, which average their gradients."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_name, quiet=rank > 0)
     if ranks > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     return rank, ranks, device
 
 

@@ -38,3 +38,14 @@ def parity():
 def relative_error(ours, reference):
     """Largest absolute difference over the largest absolute value of the reference."""
     return ((ours.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what compares with an original implementation: `pytest -m original` (CI runs it with nothing skipped)."""
+    for item in items:
+        if "parity" in getattr(item, "fixturenames", ()) or "diffusers" in item.name or "scipy" in item.name:
+            item.add_marker("original")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "original: compares with an original implementation")

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import vae
-from common import UserError, run_main
+from audio import write_wav
+from common import UserError, read_jsonl, run_main
 from conftest import ROOT, relative_error
 from melvae import Conv, MelVAE, mel_losses
+from training import cosine_decay
 from vocoder import log_mel_error
 
 TINY = dict(data_dim=80, embed_dim=4, hidden_dim=8, ch_mult=[1, 2, 2], num_res_blocks=1, down_layers=[0, 1])
@@ -82,13 +84,14 @@ def test_full_size_names_shapes_and_parameter_totals(parity):
 def test_toy_codec_shapes():
     codec = vae.make_codec("mel", vae.TOY_MEL)
     assert sum(p.numel() for p in codec.parameters()) < 3e6
-    assert (codec.hop, codec.sampling_rate, codec.latent_channels, codec.audio_channels) == (1024, 16000, 32, 1)
+    facts = codec.hop, codec.sampling_rate, codec.latent_channels, codec.audio_channels
+    assert facts == (1024, 16000, 32, 1)
     with torch.no_grad():
         mean, std = codec.encode(torch.zeros(1, 1, 65536))
         assert mean.shape == std.shape == (1, 64, 32) and (std > 0).all()
         assert codec.decode_mel(mean).shape == (1, 80, 256)
         assert codec.decode(mean[:, :5]).shape == (1, 1, 5 * 1024)
-        assert codec.encode(torch.zeros(2, 1, 3000))[0].shape == (2, 3, 32)         # the last frame is filled up
+        assert codec.encode(torch.zeros(2, 1, 3000))[0].shape == (2, 3, 32)     # the last frame is filled up
 
 
 def test_normalise_and_denormalise_are_inverse():
@@ -172,14 +175,17 @@ def test_every_parameter_gets_a_gradient_and_moves():
 def test_batches_depend_on_seed_and_step_alone():
     examples = torch.arange(10 * 64, dtype=torch.float32).view(10, 1, 64)
     first, again = (vae.draw_batch(examples, 4, 16, 4, 0, "batch", 7) for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(first, vae.draw_batch(examples, 4, 16, 4, 0, "batch", 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, vae.draw_batch(examples, 4, 16, 4, 0, "batch", 8))
     assert first.shape == (4, 1, 16) and (first[..., 0] % 4 == 0).all()
     assert vae.draw_batch(examples, 2, 999, 4, 0).shape == (2, 1, 64)
 
 
 def test_learning_rate_schedule():
-    rates = [vae.learning_rate(step, 100, 2.0, 10) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2.0 and rates[100] == pytest.approx(0)
+    rates = [cosine_decay(step, 2.0, 10, 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)]) and rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_the_mel_codec_learns_a_handful_of_clips():
@@ -203,7 +209,7 @@ def test_the_mel_codec_learns_a_handful_of_clips():
     with torch.no_grad():
         mean, _ = codec.encode_mel(log_mel)
         assert codec.normalise(mean).mean().abs() < 1e-3
-        assert 0.5 < codec.normalise(mean).std() < 1.05                             # posterior noise is the rest
+        assert 0.5 < codec.normalise(mean).std() < 1.05                         # posterior noise is the rest
         assert log_mel_error(log_mel, codec.decode_mel(mean)).mean() < 8
 
 
@@ -214,72 +220,116 @@ def tone_clip(index, samples=16384):
 
 # ----------------------------------------------------------------------------- the command
 
-def command(out, *extra, codec="mel"):
+@pytest.fixture
+def one_thread():
+    """The same arithmetic here as in the process that is killed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def flags(out, *extra, codec="mel"):
     config = TINY if codec == "mel" else TINY_OOBLECK
-    return [sys.executable, "vae.py", "--codec", codec, "--config", json.dumps(config), "--clips", "6",
-            "--validation_clips", "2", "--batch_size", "2", "--warmup_steps", "2", "--log_every", "3", "--device", "cpu",
-            "--crop_seconds", "0.512", "--out", str(out), *extra]
+    return ["--codec", codec, "--config", json.dumps(config), "--clips", "2", "--validation_clips", "1",
+            "--batch_size", "2", "--warmup_steps", "2", "--log_every", "3", "--device", "cpu",
+            "--crop_seconds", "0.256", "--out", str(out), *extra]
 
 
-def run(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments, **options), cwd=ROOT, env=environment, capture_output=True, text=True)
+def run(monkeypatch, *arguments, **options):
+    """`python vae.py`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["vae.py", *map(str, flags(*arguments, **options))])
+    vae.main()
 
 
 def error_of(monkeypatch, capsys, *arguments):
-    """What the command says on stderr, in this process; it must end with exit code 2."""
-    monkeypatch.setattr(sys, "argv", command(*arguments)[1:])
+    """What the command says on stderr; it must end with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["vae.py", *flags(*arguments)])
     with pytest.raises(SystemExit) as stop:
         run_main(vae.main)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
-    settings = "--steps", "60", "--save_every", "5", "--log_every", "30"
-    whole = run(tmp_path / "whole", *settings)
-    assert whole.returncode == 0, whole.stderr
-    assert "next: python" in whole.stdout
+def state_of(folder):
+    return torch.load(folder / "state.pt", weights_only=True)
 
-    process = subprocess.Popen(command(tmp_path / "killed", *settings), cwd=ROOT, stdout=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    state = tmp_path / "killed" / "state.pt"
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.01)
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys, one_thread):
+    settings = "--steps", "40", "--save_every", "2", "--log_every", "20"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "vae.py", *flags(killed, *settings)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (killed / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = torch.load(state, weights_only=True)["step"]
-    assert done < 60
-    again = run(tmp_path / "killed", *settings)
-    assert again.returncode == 0, again.stderr
-    assert f"after step {done}" in again.stdout
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+    done = state_of(killed)["step"]
+    assert 0 < done < 40
+    run(monkeypatch, killed, *settings)
+    assert f"after step {done} of 40" in capsys.readouterr().out
+    run(monkeypatch, whole, *settings)
+    said = capsys.readouterr().out
+    assert "next: python train_fm.py" in said and "held-out clips, fixed noise, steps 0 to 40" in said
 
-    first, second = (torch.load(tmp_path / name / "state.pt", weights_only=True)["codec"] for name in ("whole", "killed"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-            for name in ("whole", "killed")]
-    assert [(r["step"], r["loss"], r["validation_db"]) for r in rows[0]] == [
-        (r["step"], r["loss"], r["validation_db"]) for r in rows[1]]
-    codec = vae.load_codec(tmp_path / "killed")
-    assert (codec.latent_std != 1).all()
+    first, second = state_of(whole), state_of(killed)
+    assert first["weights"].keys() == second["weights"].keys() == tiny_codec().state_dict().keys()
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
+    rows = [[(row["step"], row.get("loss"), row["validation_loss"], row["validation_db"])
+             for row in read_jsonl(folder / "log.jsonl")] for folder in (whole, killed)]
+    assert rows[0] == rows[1] and [row[0] for row in rows[0]] == [0, 20, 40]
+    assert (vae.load_codec(killed).latent_std != 1).all()
 
-    assert "--seed was 0" in error_of(monkeypatch, capsys, tmp_path / "killed", *settings, "--seed", "1")
+    said = error_of(monkeypatch, capsys, killed, *settings, "--seed", "1")
+    assert "started with seed = 0, now it is 1" in said
+    (killed / "state.pt").unlink()
+    assert "holds a model but no state.pt" in error_of(monkeypatch, capsys, killed, *settings)
 
 
-def test_oobleck_trains_in_the_same_loop(tmp_path):
-    result = run(tmp_path, "--steps", "4", codec="oobleck")
-    assert result.returncode == 0, result.stderr
+def test_oobleck_trains_in_the_same_loop_and_stops_in_time(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tmp_path, "--steps", "4", "--max_minutes", "0", codec="oobleck")
+    assert "stopped at step 1 of 4" in capsys.readouterr().out and state_of(tmp_path)["step"] == 1
+    run(monkeypatch, tmp_path, "--steps", "4", codec="oobleck")
     codec = vae.load_codec(tmp_path)
     with torch.no_grad():
         assert codec.encode(torch.zeros(1, 1, 4096))[0].shape == (1, 16, 4)
-    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert {"step", "loss", "stft", "waveform", "kl", "validation_db", "minutes"} <= set(row)
+    rows = read_jsonl(tmp_path / "log.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 3, 4]
+    assert {"loss", "stft", "waveform", "kl", "validation_loss", "validation_db", "minutes"} <= set(rows[-1])
+
+
+def test_overfit_takes_whole_clips_and_validates_on_them(tmp_path, monkeypatch, capsys):
+    """Clips under --seconds are left out; the loss of the same clips, with the same noise, falls."""
+    for index, samples in enumerate((5000, 1500, 9000, 4096)):
+        write_wav(tmp_path / f"{index}.wav", tone_clip(index, samples)[None], 16000)
+    rows = [{"audio": f"{index}.wav", "caption": f"a tone, {index}"} for index in range(4)]
+    rows[0]["duration"] = 0.1
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = "--data", tmp_path / "m.jsonl", "--seconds", "0.256", "--steps", "20", "--log_every", "10"
+    run(monkeypatch, tmp_path / "run", *arguments, "--overfit", "2")
+    said = capsys.readouterr().out
+    assert all((f"{name}.wav, a tone" in said) == (name in (2, 3)) for name in range(4))
+    assert "training clips, fixed noise, steps 0 to 20" in said
+    first, *_, last = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert last["validation_loss"] < 0.8 * first["validation_loss"]
+    assert last["validation_db"] < first["validation_db"]
+    assert "has 2 clips of 0.256 s or more" in error_of(
+        monkeypatch, capsys, tmp_path / "more", *map(str, arguments), "--overfit", "3")
+
+
+def test_validation_draws_the_same_noise_each_time():
+    codec, examples = tiny_codec(), torch.randn(3, 80, 32)
+    first, again = (vae.validate(codec, examples, 16, {"kl": 1.0}) for _ in range(2))
+    assert first == again and codec.training
 
 
 @pytest.mark.parametrize("extra, message", [
     (["--config", '{"colour": 1}'], "does not describe"),
     (["--config", "nonsense"], "--config"),
     (["--lr", "nan"], "--lr"),
+    (["--overfit", "0"], "--overfit"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl is missing"),
     (["--checkpoint", "nowhere"], "missing"),
     (["--out", "/proc/nowhere"], "cannot write"),
@@ -287,3 +337,21 @@ def test_oobleck_trains_in_the_same_loop(tmp_path):
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, extra, message):
     said = error_of(monkeypatch, capsys, tmp_path, "--steps", "1", *extra)
     assert len(said.splitlines()) == 1 and message in said
+
+
+def test_linear_skip_starts_as_principal_components():
+    """Before any training the codec with a linear skip is the best linear one: as many components, the same error."""
+    random = torch.Generator().manual_seed(0)
+    basis = torch.randn(6, 80 * 4, generator=random)
+    columns = torch.randn(40, 16, 6, generator=random) @ basis                       # rank 6: six channels hold it
+    mels = columns.unflatten(-1, (80, 4)).permute(0, 2, 1, 3).flatten(2)             # (N, M, F)
+    errors = []
+    for channels in (6, 3):
+        codec = MelVAE(data_dim=80, embed_dim=channels, hidden_dim=8, ch_mult=[1], num_res_blocks=1, down_layers=[],
+                       patch=4, linear_skip=True).eval()
+        codec.start_linear(mels)
+        mean, std = codec.encode_mel(mels)
+        assert mean.shape == std.shape == (40, 16, channels)
+        assert torch.allclose(mean.var((0, 1)), torch.ones(channels), atol=0.1)      # whitened
+        errors.append((codec.decode_mel(mean) - mels).abs().max())
+    assert errors[0] < 1e-2 < errors[1]
