@@ -2,14 +2,14 @@
 
     python cache.py                                        # the built-in world: training and validation scenes
     python cache.py --data my.jsonl                        # your own clips, from a manifest
-    python cache.py --data my.jsonl --with_text FOLDER     # and the hidden states of a frozen text encoder
+    python cache.py --data my.jsonl --with_text FOLDER     # and hidden states of that model's text encoder
     python cache.py --rebuild                              # throw a stale cache away and build it again
 
 A cache folder holds `mean.npy` and `std.npy`, the codec's raw posterior as float16 (N, L, C), opened memory-mapped;
-`rows.jsonl`, one object a clip (prompt, duration, and what else is known of it); `settings.json`, what all this was made
-from: a hash of the codec's weights, and the world's or the manifest's settings. A folder made from something else is
-refused, with the setting that differs. A killed build goes on at the first batch that isn't complete. The mean and std
-are kept rather than one sample, so that each epoch draws its own (the official code samples the latents, too).
+`rows.jsonl`, one object a clip (prompt, duration, and what else is known of it); `settings.json`, what all this was
+made from: a hash of the codec's weights, and the world's or the manifest's settings. A folder made from something
+else is refused, with the setting that differs. A killed build goes on at the first batch that isn't complete. The
+mean and std are kept rather than one sample, so that each epoch draws its own (the official code does, too).
 
 N clips, B batch, L latent frames, C latent channels, S text tokens, D text width.
 """
@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (UserError, append_jsonl, choose_device, file_hash, read_json, read_jsonl, run_main, warn,
-                    write_json)
+from common import (UserError, append_jsonl, atomic_path, choose_device, file_hash, in_range, parse_arguments,
+                    read_json, read_jsonl, run_main, warn, write_json)
 
 FORMAT = 1                                  # raise it when the layout of the folder changes: older ones are refused
 TRAIN_SCENES, VAL_SCENES = 20000, 512       # scenes of the built-in world
@@ -75,6 +75,7 @@ def refuse_stale(folder, found, wanted, remedy):
 
 
 def codec_settings(codec, samples):
+    """What every cache depends on: the codec's weights and config, and the clips' length in samples."""
     return {"format": FORMAT, "codec weights": module_hash(codec), "codec config": getattr(codec, "config", None),
             "sampling rate": codec.sampling_rate, "channels": codec.audio_channels, "samples": samples}
 
@@ -115,14 +116,20 @@ def open_cache(folder, settings=None):
 
 
 def start_or_resume(folder, settings, shape, batch):
-    """Make the arrays of a new cache, or find how far a killed build came. Returns the number of complete rows."""
+    """Make the arrays of a new cache, or find how far a killed build came. Returns the number of complete rows.
+
+    A complete cache is only read: several processes may open it at once, and its folder need not be writable.
+    """
     if (folder / "settings.json").is_file():
         refuse_stale(folder, read_json(folder / "settings.json"), settings,
                      "--rebuild makes it anew, --cache names another folder")
         rows = read_jsonl(folder / "rows.jsonl") if (folder / "rows.jsonl").is_file() else []
-        done = len(rows) if len(rows) == shape[0] else len(rows) // batch * batch
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:done])
-        (folder / "rows.jsonl").write_text(text, encoding="utf-8")          # without the rows of a torn batch
+        if len(rows) == shape[0]:
+            return len(rows)
+        done = len(rows) // batch * batch
+        with atomic_path(folder / "rows.jsonl") as temporary:               # without the rows of a torn batch
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:done]),
+                                 encoding="utf-8")
         return done
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,8 +214,9 @@ def end_with_parent():
 
 @functools.lru_cache(maxsize=2)
 def open_world(**options):
+    """world.World(**options), made once in each process."""
     import world
-    return world.World(**options)                          # reads its recordings: once a process
+    return world.World(**options)
 
 
 def render_scenes(options, sampling_rate, channels, samples, indices):
@@ -267,7 +275,7 @@ def manifest_cache(folder, codec, manifest, rows, samples, crop="center", worker
 
 @torch.no_grad()
 def text_cache(cache, encoder, max_length, batch=64):
-    """Hidden states of every prompt of `cache` by a frozen text encoder -> (hidden (tokens, D) float16, offsets (N+1,)).
+    """Hidden states of the prompts of `cache` by a frozen encoder -> hidden (tokens, D) float16, offsets (N+1,).
 
     Row i is hidden[offsets[i]:offsets[i + 1]], without padding. Written beside the latents, resumable, keyed by the
     encoder's weights; a folder made by another encoder is refused.
@@ -339,25 +347,37 @@ def gather(data, chosen):
 # ----------------------------------------------------------------------------- command line
 
 def parse_args():
+    """The flags of this script, their ranges checked."""
     from data import add_data_flags
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_flags(parser)
     group = parser.add_argument_group("what to encode")
-    group.add_argument("--scenes", type=int, default=TRAIN_SCENES, help=f"training scenes of the world ({TRAIN_SCENES})")
-    group.add_argument("--val_scenes", type=int, default=VAL_SCENES, help=f"validation scenes ({VAL_SCENES})")
-    group.add_argument("--world_seed", type=int, default=0, help="seed of the world's scenes (0)")
+    group.add_argument("--scenes", type=int, default=TRAIN_SCENES,
+                       help=f"training scenes of the world (default: {TRAIN_SCENES})")
+    group.add_argument("--val_scenes", type=int, default=VAL_SCENES, help=f"validation scenes (default: {VAL_SCENES})")
+    group.add_argument("--world_seed", type=int, default=0, help="of the world's scenes (default: 0)")
     group.add_argument("--max_duration", type=float, default=4.096,
-                       help="seconds a manifest's clip is cropped or padded to (4.096 for the toy; paper: 30)")
+                       help="seconds a manifest's clip is cropped or padded to (default: 4.096; paper: 30)")
     group = parser.add_argument_group("with what")
-    group.add_argument("--codec", default="checkpoints/toy/base", help="folder with the codec (checkpoints/toy/base)")
-    group.add_argument("--with_text", metavar="FOLDER", help="also the hidden states of this model's text encoder (off)")
-    group.add_argument("--max_text_length", type=int, default=64, help="text tokens kept (64, as the official training)")
+    group.add_argument("--codec", default="checkpoints/toy/base",
+                       help="folder with the codec (default: checkpoints/toy/base)")
+    group.add_argument("--with_text", metavar="FOLDER",
+                       help="also the hidden states of this model's text encoder (default: none)")
+    group.add_argument("--max_text_length", type=int, default=64,
+                       help="text tokens kept (default: 64, as the official training)")
     group = parser.add_argument_group("where and how")
-    group.add_argument("--cache", default=None, help="folder (cache/world_train and cache/world_val, or cache/MANIFEST)")
-    group.add_argument("--rebuild", action="store_true", help="delete what is there first")
-    group.add_argument("--workers", type=int, default=2, help="processes that render, or threads that read (2)")
-    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (auto)")
-    return parser.parse_args()
+    group.add_argument("--cache",
+                       help="folder (default: cache/world_train and cache/world_val, or cache/ and the manifest's "
+                            "name); of the world, the validation scenes go to this name and _val")
+    group.add_argument("--rebuild", action="store_true", help="delete what is there first (default: off)")
+    group.add_argument("--workers", type=int, default=2,
+                       help="processes that render, or threads that read (default: 2)")
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    args = parse_arguments(parser)
+    for name, low, high in (("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("max_duration", 0.1, 600),
+                            ("max_text_length", 2, 100000), ("workers", 0, 256)):
+        in_range(f"--{name}", getattr(args, name), low, high)
+    return args
 
 
 def default_folder(data, name="train"):
@@ -378,14 +398,14 @@ def main():
     args = parse_args()
     from data import manifest_rows
     from vae import load_codec
-    codec = load_codec(args.codec).to(choose_device(args.device)).eval()
+    codec = load_codec(args.codec, choose_device(args.device))
     folders = [Path(args.cache) if args.cache else default_folder(args.data)]
     if not args.data:
         folders.append(Path(f"{args.cache}_val") if args.cache else default_folder(None, "val"))
     for folder in folders if args.rebuild else []:
         discard(folder)
     if args.data:
-        samples = int(args.max_duration * codec.sampling_rate)
+        samples = round(args.max_duration * codec.sampling_rate)
         rows = manifest_rows(args)
         caches = [manifest_cache(folders[0], codec, args.data, rows, samples, args.crop, args.workers)]
     else:

@@ -27,6 +27,15 @@ def run_main(main):
         sys.exit(130)
 
 
+def parse_arguments(parser, argv=None, commands=()):
+    """parse_args, but a wrong argument is one line (UserError) and not the usage. `commands`: its subparsers."""
+    def fail(message):
+        raise UserError(f"{message}; see python {parser.prog} --help")
+    for one in (parser, *commands):
+        one.error = fail
+    return parser.parse_args(argv)
+
+
 def in_range(name, value, low, high):
     """Return `value` if low <= value <= high, else raise UserError; NaN is out of every range."""
     if not low <= value <= high:
@@ -81,7 +90,7 @@ def atomic_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644)      # mkstemp makes files that only their owner may read
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another output folder") from None
     try:
@@ -92,6 +101,19 @@ def atomic_path(path):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def check_writable(paths):
+    """Raise UserError if a file cannot be written: known before the minutes of work, not after."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; choose another output")
+    for folder in {Path(path).parent for path in paths}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error.strerror}; choose another output folder") from None
 
 
 def write_json(path, value):
@@ -112,8 +134,11 @@ def read_json(path):
 
 def append_jsonl(path, row):
     """Append one JSON object as a line; a killed run leaves at most one torn last line (see read_jsonl)."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_jsonl(path):
@@ -174,7 +199,7 @@ def load_exactly(module, tensors, what):
 
 
 def file_hash(*paths):
-    """SHA-256 over the bytes of files, for cache keys and score rows."""
+    """SHA-256 over the bytes of files, for cache keys."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

@@ -27,7 +27,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from audio import fit_audio, probe_audio, read_audio, save_spectrogram, write_wav
-from common import UserError, atomic_path, derive_seed, in_range, read_json, read_jsonl, run_main, warn
+from common import (UserError, atomic_path, derive_seed, in_range, parse_arguments, read_json, read_jsonl, run_main,
+                    warn)
 
 KNOWN_COLUMNS = {"audio": ("audio", "location"), "caption": ("caption", "captions"),
                  "duration": ("duration",), "score": ("score",)}
@@ -249,7 +250,8 @@ def preview_manifest(args):
                "source": row["audio"]}, audio, args.sampling_rate
 
 
-def parse_arguments():
+def parse_args():
+    """The flags of this script, their ranges checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=8, help="how many scenes or clips (default: 8)")
     parser.add_argument("--out", default="preview", help="folder to write to (default: preview)")
@@ -266,7 +268,7 @@ def parse_arguments():
     group.add_argument("--sampling_rate", type=int, default=16000, help="Hz (default: 16000; paper: 44100)")
     group.add_argument("--channels", type=int, choices=[1, 2], default=1, help="default: 1; paper: 2")
     group.add_argument("--max_duration", type=float, default=4.096, help="seconds (default: 4.096; paper: 30)")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     in_range("--count", args.count, 1, 10000)
     in_range("--degraded", args.degraded, 0, 1)
     in_range("--sampling_rate", args.sampling_rate, 1000, 384000)
@@ -275,7 +277,7 @@ def parse_arguments():
 
 
 def main():
-    args = parse_arguments()
+    args = parse_args()
     out = Path(args.out)
     rows, pictured = [], []
     clips = preview_manifest(args) if args.data else preview_world(args)

@@ -26,9 +26,10 @@ from tqdm import tqdm
 import metrics
 from audio import fit_audio, resample
 from cache import module_hash, settings_key
-from common import UserError, atomic_path, in_range, load_tensors, run_main, save_tensors, warn, write_json
-from sample import (DEFAULT_CHECKPOINT, DEFAULT_PROMPT, EVALUATIONS, SOLVERS, add_model_flags, add_sampling_flags,
-                    check_sampling_flags, decode, default_duration, generate, load_for_sampling, parse_arguments)
+from common import (UserError, atomic_path, check_writable, in_range, load_tensors, parse_arguments, run_main,
+                    save_tensors, warn, write_json)
+from sample import (DEFAULT_CHECKPOINT, DEFAULT_PROMPT, EVALUATIONS, HERE, SOLVERS, add_model_flags, add_sampling_flags,
+                    check_sampling_flags, decode, default_duration, generate, load_for_sampling)
 from tagger import FILES, hear, load_tagger
 from vocoder import MEL_16K, LogMel, griffin_lim, log_mel_error
 from world import CLIP_SAMPLES, DEGRADATIONS, EVENT_NAMES, SAMPLE_RATE, Scene, SceneEvent, World, degrade
@@ -46,9 +47,7 @@ def render(world, indices):
 
 
 def as_clips(codec, audios):
-    """A model's audio, a list of (channels, samples), -> (N, 65536) at 16 kHz as the taggers hear it,
-    silence after.
-    """
+    """A model's audio, a list of (channels, samples) -> (N, 65536) at 16 kHz as the taggers hear it, silence after."""
     return torch.stack([fit_audio(resample(audio.mean(0, keepdim=True), codec.sampling_rate, SAMPLE_RATE),
                                   CLIP_SAMPLES, "start")[0] for audio in audios])
 
@@ -69,9 +68,7 @@ weights_hash = lru_cache(module_hash)  # of networks that do not change while th
 
 
 def sampled(model, args, prompts, durations, seed, indices=None, steps=None, solver=None, crop=True):
-    """Generated clips (N, 65536) for the prompts, and the seconds that sampling took; finished blocks are
-    read back.
-    """
+    """Generated clips (N, 65536) for the prompts, and the seconds that sampling took; finished blocks are read back."""
     settings = {"weights": [weights_hash(part) for part in (model.flow, model.text, model.codec)], "seed": seed,
                 "prompts": prompts, "durations": durations, "indices": indices or list(range(len(prompts))),
                 "steps": steps or args.steps, "solver": solver or args.solver, "scale": args.guidance_scale,
@@ -106,8 +103,9 @@ def ears(args):
 # ----------------------------------------------------------------------------- tables
 
 def score_cells(rows, seed):
-    """Cells "0.912 (0.89-0.94)" of event F1, order, count and exact-scene accuracy, and the same as
-    numbers.
+    """Tally rows (N, columns) or (N, K, columns) -> cells "0.912 (0.89-0.94)" of SCORE_HEADS, the same as numbers.
+
+    A score that no prompt asked for is "-", and None among the numbers.
     """
     values, spans = metrics.scores(rows.reshape(-1, rows.shape[-1])), metrics.bootstrap(rows, seed=seed)
     names = ("f1", "order", "count", "exact")
@@ -137,7 +135,8 @@ def write_report(args, title, parts, numbers):
     path = Path(args.out) / f"{args.command}.md"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    settings = {name: value for name, value in vars(args).items() if not callable(value)}
+    settings = {name: value.removeprefix(f"{HERE}/") if isinstance(value, str) else value
+                for name, value in vars(args).items() if not callable(value)}
     write_json(path.with_suffix(".json"), {"settings": settings, **numbers})
     print(text)
     print(f"wrote {path} and {path.with_suffix('.json')}")
@@ -160,9 +159,7 @@ def picture(args, draw, width=6.4, height=4.8):
 # ----------------------------------------------------------------------------- scenes
 
 def scenes(args, model, heads):
-    """Prompts with pairs of events that no training scene holds: generated, real, through the codec,
-    shuffled.
-    """
+    """Prompts with pairs of events that no training scene holds: generated and real scenes."""
     real, truths = render(World("test", pairs="unseen"), range(args.prompts))
     prompts, durations = [scene.prompt for scene in truths], [scene.duration for scene in truths]
     made = [sampled(model, args, prompts, durations, seed)[0] for seed in range(args.seed, args.seed + args.seeds)]
@@ -193,9 +190,7 @@ def scenes(args, model, heads):
 
 
 def first_prompt(args, model, judge, seeds=16):
-    """Of README's first command at seeds 0, 1, ...: how many hold a violin followed by rain. Returns
-    (right, seeds).
-    """
+    """Of the default prompt at seeds 0, 1, ...: how many hold a violin followed by rain -> (right, seeds)."""
     truth = Scene(0, DEFAULT_PROMPT, "then", [SceneEvent("violin", 0, 0), SceneEvent("rain", 0, 0)], 0)
     duration = default_duration(model.flow.config["max_duration"])
     clips = torch.cat([sampled(model, args, [DEFAULT_PROMPT], [duration], seed)[0] for seed in range(seeds)])
@@ -203,9 +198,7 @@ def first_prompt(args, model, judge, seeds=16):
 
 
 def gate(args, model, heads):
-    """Is the world hard enough? Exact scenes of the model 0.10-0.25 below real ones; the best of 8 gains
-    0.08.
-    """
+    """Is the world hard enough? Exact scenes of the model 0.10-0.25 below real ones; the best of 8 gains 0.08."""
     real, truths = render(World("test", pairs="all"), range(args.prompts))
     prompts = [scene.prompt for scene in truths for _ in range(args.candidates)]
     durations = [scene.duration for scene in truths for _ in range(args.candidates)]
@@ -224,7 +217,8 @@ def gate(args, model, heads):
     verdict = (f"The model lies {below:.3f} below real scenes (wanted: 0.10 to 0.25); "
                + "; ".join(f"{name}: {gain:+.3f}" for name, gain in gains.items()) + " (wanted: at least +0.08).")
     write_report(args, "Room for alignment: exact scenes of the model, real ones, best of several", [
-        f"{args.prompts} prompts of World(\"test\", pairs=\"all\"), {args.candidates} samples each, heard by the judge.",
+        f"{args.prompts} prompts of World(\"test\", pairs=\"all\"), {args.candidates} samples each, heard by the "
+        "judge.",
         markdown(["source", *SCORE_HEADS], [[name, *row] for name, (row, _) in cells.items()]), verdict],
         {"below real": below, "gains": gains, **{name: values for name, (_, values) in cells.items()}})
 
@@ -249,16 +243,16 @@ def codec(args, model, heads):
               markdown(["scenes", "heard by", "F1 originals", "F1 reconstructions", "ratio"], table)]
     errors = mel_errors(model, args)
     numbers["log-mel error"] = errors
-    parts += ["Log-mel error: mean absolute dB over 80 bands and the frames within 60 dB of the clip's peak, per event "
-              "(scenes of one event). The vocoder alone: log-mel, Griffin-Lim, log-mel.",
+    parts += ["Log-mel error: mean absolute dB over 80 bands and the frames within 60 dB of the clip's peak, per "
+              "event (scenes of one event). The vocoder alone: log-mel, Griffin-Lim, log-mel.",
               markdown(["event", "clips", "vocoder alone", "VAE + vocoder"],
                        [[name, row["clips"], f"{row['vocoder']:.2f}", f"{row['codec']:.2f}"]
                         for name, row in errors.items()])]
     levels = degradation_ranks(model, args)
     numbers["degradations"] = levels
-    parts += ["Degradation level (0 to 1) before and after the codec. The estimator is a ridge regression on statistics of "
-              "the log-mel (metrics.damage_features and their squares), fitted per kind on originals of the validation "
-              "scenes. Rank correlations (Spearman) on test scenes:",
+    parts += ["Degradation level (0 to 1) before and after the codec. The estimator is a ridge regression on "
+              "statistics of the log-mel (metrics.damage_features and their squares), fitted per kind on originals of "
+              "the validation scenes. Rank correlations (Spearman) on test scenes:",
               markdown(["kind", "estimate before, after", "truth, before", "truth, after"],
                        [[kind, *(f"{value:.3f}" for value in row)] for kind, row in levels.items()])]
     write_report(args, "The codec", parts, numbers)
@@ -280,9 +274,7 @@ def mel_errors(model, args):
 
 
 def degradation_ranks(model, args):
-    """{kind: (rho of the estimates before and after, of truth and before, of truth and after)}, and their
-    mean.
-    """
+    """{kind: (rho of the estimates before and after, of truth and before, of truth and after)}, and their mean."""
     mel = LogMel(**MEL_16K)
 
     def damaged(split, kind, count):
@@ -316,9 +308,7 @@ def degradation_ranks(model, args):
 # ----------------------------------------------------------------------------- duration, steps
 
 def duration(args, model, heads):
-    """Sounding length of the uncropped decode against the length asked for, real scenes beside (paper A.8,
-    Fig. 5).
-    """
+    """Sounding length of the uncropped decode against the length asked for, beside real scenes (paper A.8, Fig. 5)."""
     def lengths(clips):
         return np.array([metrics.sounding_length(clip.numpy(), SAMPLE_RATE, SILENCE_DB) for clip in clips])
     rows = {"generated": [], "real scenes": [], "real through the codec": []}
@@ -352,8 +342,8 @@ def duration(args, model, heads):
         f"{args.clips} clips per duration. Sounding length: the end of the last 20 ms frame whose energy is above "
         f"{SILENCE_DB:g} dB of the loudest frame of the clip, on the uncropped decode. Cells: median length (median "
         "absolute error).",
-        markdown(["source", *(f"{seconds:g} s" for seconds in args.durations), "median error", "90th percentile"], table)],
-        numbers)
+        markdown(["source", *(f"{seconds:g} s" for seconds in args.durations), "median error", "90th percentile"],
+                 table)], numbers)
     picture(args, draw)
 
 
@@ -378,13 +368,14 @@ def steps(args, model, heads):
         for solver in SOLVERS:
             rows = [row for name, row in numbers.items() if name.startswith(solver)]
             for score, style in (("f1", "-"), ("exact", "--")):
-                axes.plot([row["evaluations"] for row in rows], [row[score]["value"] for row in rows], style, marker="o",
-                          color={"euler": "tab:blue", "heun": "tab:orange"}[solver], label=f"{solver}, {score}")
+                axes.plot([row["evaluations"] for row in rows], [row[score]["value"] for row in rows], style,
+                          marker="o", color={"euler": "tab:blue", "heun": "tab:orange"}[solver],
+                          label=f"{solver}, {score}")
         axes.set(xscale="log", xlabel="function evaluations", ylabel="score", xticks=args.grid, xticklabels=args.grid)
         axes.legend()
     write_report(args, "Solver steps", [
-        f"{args.prompts} prompts of World(\"test\", pairs=\"unseen\"), {args.seeds} seeds, heard by the judge. Heun evaluates "
-        "the network twice a step (its last step included), so its rows have an Euler row of equal cost.",
+        f"{args.prompts} prompts of World(\"test\", pairs=\"unseen\"), {args.seeds} seeds, heard by the judge. Heun "
+        "evaluates the network twice a step (its last step included), so its rows have an Euler row of equal cost.",
         markdown(["solver", "steps", "evaluations", "s per clip", *SCORE_HEADS], table)], numbers)
     picture(args, draw)
 
@@ -406,7 +397,8 @@ def make_parser():
         if run is gate:
             group.add_argument("--candidates", type=int, default=8, help="samples of each prompt (default 8)")
         if run is codec:
-            group.add_argument("--fit_scenes", type=int, default=700, help="scenes that fit the estimator (default 700)")
+            group.add_argument("--fit_scenes", type=int, default=700,
+                               help="scenes that fit the estimator (default 700)")
         if run is duration:
             group.add_argument("--durations", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0],
                                help="seconds (default 1 2 3 4; paper 5 to 25)")
@@ -438,9 +430,11 @@ def main(argv=None):
         in_range("--grid", count, 1, 1000)
     for seconds in getattr(args, "durations", []):
         in_range("--durations", seconds, 1, 4)
+    check_writable([Path(args.out) / f"{args.command}.md", Path(args.cache) / "latents"])
     model = load_for_sampling(args)
     if model.codec.sampling_rate < SAMPLE_RATE:
-        raise UserError(f"{args.checkpoint} makes audio at {model.codec.sampling_rate} Hz; the taggers need {SAMPLE_RATE}")
+        raise UserError(f"{args.checkpoint} makes audio at {model.codec.sampling_rate} Hz, but the taggers need "
+                        f"{SAMPLE_RATE} or more; choose another --checkpoint")
     args.run(args, model, ears(args))
     print("next: python evaluate.py --help lists the other tables; python sample.py makes something to hear")
 

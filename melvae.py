@@ -7,9 +7,10 @@ pass on (EDM2, Karras et al. 2024): normalised weights without bias, pixel norm,
 names and layout are those of the official file; its weights are RAW, normalised in the forward pass.
 `latent_mean` and `latent_std` are ours.
 
-Two options are ours, off in the official layout. `patch` lays that many mel frames side by side as channels, in place of
-halvings. `linear_skip` adds to mean and output the whitened principal components of the patches (`start_linear`), so that
-the network only has to learn what a linear codec can't do: from scratch it needs hours for what these hold at once.
+Two options are ours, off in the official layout. `patch` lays that many mel frames side by side as channels, in
+place of halvings. `linear_skip` adds to mean and output the whitened principal components of the patches
+(`start_linear`), so that the network only has to learn what a linear codec can't do: from scratch it needs hours
+for what these hold at once.
 
 Letters: B batch, M mel bands, F mel frames, L latent frames, C latent channels, D hidden width.
 """
@@ -109,6 +110,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halve the length: 1x1 convolution, mean of neighbours, 1x1 convolution."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv1 = Conv(channels, channels, 1)
@@ -119,6 +122,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Double the length: repeat each frame, then a convolution."""
+
     def __init__(self, channels, kernel_size):
         super().__init__()
         self.conv = Conv(channels, channels, kernel_size)
@@ -149,6 +154,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution, (B, D, L) -> (B, D, L)."""
+
     def __init__(self, channels, kernel_size, clip):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, kernel_size, clip)
@@ -160,6 +167,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Patches (B, M patch, F / patch) -> moments (B, 2C, L): the mean, then the log variance."""
+
     def __init__(self, channels_in, channels_out, widths, blocks, attn_layers, down_layers, kernel_size, clip):
         super().__init__()
         self.conv_in = Conv(channels_in, widths[0], kernel_size)
@@ -181,6 +190,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B, C, L) -> patches (B, M patch, F / patch)."""
+
     def __init__(self, channels_in, channels_out, widths, blocks, attn_layers, down_layers, kernel_size, clip):
         super().__init__()
         self.conv_in = Conv(channels_in, widths[-1], kernel_size)
@@ -240,9 +251,7 @@ class MelVAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(embed_dim))
 
     def encode_mel(self, log_mel):
-        """Posterior of a log-mel (B, M, F), F a multiple of `frames_per_latent`: mean and std, each (B, L,
-        C) raw.
-        """
+        """Log-mel (B, M, F), F a multiple of `frames_per_latent` -> mean, std of the posterior, (B, L, C) raw."""
         x = self.to_patches(log_mel)                                                # (B, M patch, F / patch)
         moments = self.encoder(x)                                                   # (B, 2 C, L)
         mean, logvar = moments.float().transpose(1, 2).chunk(2, dim=-1)             # (B, L, C)
@@ -280,9 +289,7 @@ class MelVAE(nn.Module):
         self.decoder.learnable_gain.fill_(-1)
 
     def encode(self, audio):
-        """Audio (B, channels, samples) in [-1, 1] -> mean, std (B, L, C) raw; zeros fill up the last latent
-        frame.
-        """
+        """Audio (B, channels, samples) in [-1, 1] -> mean, std (B, L, C) raw; zeros fill up the last latent frame."""
         audio = audio.mean(1)                                                       # (B, samples)
         audio = F.pad(audio, (0, -audio.shape[-1] % self.hop))
         return self.encode_mel(self.mel(audio))

@@ -1,7 +1,7 @@
 """Metrics: pure functions of what was heard, what was asked for, and arrays.
 
 A reading (tagger.Reading) has `events`: {name: Heard(onset, offset, probability, count)}. A scene
-(world.Scene) is the truth of a prompt. Letters: N clips, K samples of one prompt.
+(world.Scene) is the truth of a prompt. Letters: N clips, K samples of one prompt, F mel frames, D features.
 
     event F1               micro: hits, extras and misses are summed over all clips, then 2 TP / (2 TP + FP + FN)
     order accuracy         over all prompts that ask for an order; all events heard, each before the next;
@@ -23,9 +23,7 @@ def heard_events(reading, scene):
 
 
 def relation_right(reading, scene):
-    """True if all events are heard and stand to each other as the prompt says: one after the other, or
-    together.
-    """
+    """Are all events heard, and one after the other, or together, as the prompt says?"""
     heard = heard_events(reading, scene)
     if heard is None:
         return False
@@ -53,10 +51,10 @@ def tally_all(readings, scenes):
 
 
 def scores(rows):
-    """Tally rows (..., N, columns) -> {"f1", "precision", "recall", "order", "count", "exact"}, each of
-    shape (...)
+    """Tally rows (..., N, columns) -> {"f1", "precision", "recall", "order", "count", "exact"}.
 
-    (a float for one set of rows); NaN where nothing was asked, such as order without ordered prompts.
+    Each is of shape (...), a float for one set of rows; NaN where nothing was asked, such as order without
+    ordered prompts.
     """
     total = dict(zip(COLUMNS, np.moveaxis(np.asarray(rows).sum(-2), -1, 0).astype(float)))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -86,11 +84,10 @@ def bootstrap(rows, draws=1000, seed=0, level=0.95):
 
 
 def match(reading, scene):
-    """How well one reading fits a scene, for picking the best of several: exact first, then the share of
-    right parts,
+    """How well one reading fits a scene, for picking the best of several: larger is better.
 
-    then how sure the tagger is of the wanted events. Larger is better; exact scenes are always above
-    others.
+    Exact scenes are always above others, then the share of right parts counts, then how sure the tagger is of
+    the wanted events.
     """
     row = dict(zip(COLUMNS, tally(reading, scene)))
     asked = [event.name for event in scene.events]
@@ -101,9 +98,7 @@ def match(reading, scene):
 
 
 def derangement(number, seed):
-    """A seeded permutation of range(number) that leaves nothing in its place (number >= 2): for shuffled
-    prompts.
-    """
+    """A seeded permutation of range(number) that leaves nothing in its place (number >= 2): shuffled prompts."""
     order = np.random.default_rng(seed).permutation(number)
     partner = np.empty(number, dtype=np.int64)
     partner[order] = np.roll(order, 1)
@@ -141,25 +136,23 @@ def spearman(a, b):
 
 
 def fit_ridge(features, targets, penalty=1.0):
-    """Ridge regression on standardised features (N, F) -> function of features (M, F) that gives estimates
-    (M,).
+    """Ridge regression of targets (N,) on features (N, D) -> a function of features (M, D) to estimates (M,).
 
-    penalty: weight of the squared coefficients per example.
+    Features are standardised first. penalty: weight of the squared coefficients per example.
     """
     mean, std = features.mean(0), features.std(0) + 1e-6
-    x = (features - mean) / std                                                    # (N, F)
+    x = (features - mean) / std                                                    # (N, D)
     centre = targets.mean()
     gram = x.T @ x + penalty * len(x) * np.eye(x.shape[1])
-    weights = np.linalg.solve(gram, x.T @ (targets - centre))                      # (F,)
+    weights = np.linalg.solve(gram, x.T @ (targets - centre))                      # (D,)
     return lambda rows: (rows - mean) / std @ weights + centre
 
 
 def damage_features(decibels):
-    """What degradations change in a log-mel (80, F) in dB -> (F,): levels, roughness in time, dips,
-    edges.
+    """What degradations change in a log-mel (80, F) in dB -> (D,): levels, roughness in time, dips, edges.
 
-    Statistics over ten groups of bands, from the first to the last frame within 60 dB of the peak;
-    standardise them.
+    Statistics over ten groups of bands, from the first to the last frame within 60 dB of the peak. They are not
+    standardised.
     """
     loud = np.flatnonzero(decibels.max(0) >= decibels.max() - 60)
     x = np.maximum(decibels[:, loud[0]:loud[-1] + 1] - decibels.max(), -80)       # (80, F)
@@ -182,8 +175,6 @@ def damage_features(decibels):
 
 
 def with_squares(features, mean, std):
-    """Standardised features (N, F), cut at 4 deviations, and their squares -> (N, 2F), for a regression
-    that bends.
-    """
+    """Standardised features (N, D), cut at 4 deviations, and their squares -> (N, 2D): a regression that bends."""
     z = np.clip((features - mean) / std, -4, 4)
     return np.concatenate([z, z ** 2], axis=1)

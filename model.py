@@ -28,14 +28,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, load_exactly, load_tensors, read_json, save_tensors, write_json
-from text import (TextEncoder, check_finite, fetch, load_text, make_text_encoder, null_tokens,  # noqa: F401
-                  refuse_pickles)
+from text import check_finite, fetch, load_text, null_tokens, refuse_pickles
 
 PRESETS = {
-    # learns the built-in world on two CPU cores: 4 heads x 48, 2 double + 4 single blocks
-    "toy": dict(num_layers=2, num_single_layers=4, in_channels=32, attention_head_dim=48,
-                num_attention_heads=4, joint_attention_dim=128, audio_seq_len=64, max_duration=4.096, axes_dims_rope=[8, 20, 20],
-                uncondition=False, text_encoder_name="text_encoder"),
+    # learns the built-in world on two CPU cores: 4 heads x 48, 2 double + 4 single blocks (train_fm.py takes
+    # in_channels and audio_seq_len from the codec)
+    "toy": dict(num_layers=2, num_single_layers=4, in_channels=48, attention_head_dim=48,
+                num_attention_heads=4, joint_attention_dim=128, audio_seq_len=64, max_duration=4.096,
+                axes_dims_rope=[8, 20, 20], uncondition=False, text_encoder_name="text_encoder"),
     # the paper, section 2.3: 6 MMDiT + 18 DiT blocks, 8 heads x 128; 645 frames = 30 s of Oobleck latents
     "tangoflux": dict(num_layers=6, num_single_layers=18, in_channels=64, attention_head_dim=128,
                       num_attention_heads=8, joint_attention_dim=1024, audio_seq_len=645, max_duration=30,
@@ -435,6 +435,7 @@ def model_folder(name):
 
 
 def read_config(folder):
+    """The dict in folder/config.json. Raises UserError if it is missing, broken or no JSON object."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json is not a JSON object; take the config.json of a model folder")
@@ -493,7 +494,10 @@ def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", 
                             f"but joint_attention_dim is {checked['joint_attention_dim']}")
     if "codec" in parts:
         from vae import load_codec
-        codec = load_codec(resolve(folder, "vae")).to(device).eval()
+        codec = load_codec(folder, device)
+    if flow is not None and codec is not None and flow.config["in_channels"] != codec.latent_channels:
+        raise UserError(f"{folder}: the codec's latents are {codec.latent_channels} wide, the flow's "
+                        f"{flow.config['in_channels']}; use parts that belong together")
     return SimpleNamespace(flow=flow, codec=codec, text=text, config=config, folder=folder)
 
 

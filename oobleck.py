@@ -194,6 +194,7 @@ RESIDUAL_REACH = KERNEL // 2 * sum(DILATIONS)
 
 
 def stride_padding(stride):
+    """Padding of a (transposed) convolution of this stride, whose kernel is twice as long."""
     return math.ceil(stride / 2)
 
 

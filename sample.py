@@ -15,18 +15,17 @@ sample i has its own noise made from (seed, i) whatever the batch, and no row se
 Prompts are cut at the training length (64 tokens), not at the tokenizer's 512.
 """
 import argparse
-import json
 import math
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, choose_device, generator, in_range, run_main, warn
+from common import UserError, check_writable, choose_device, generator, in_range, parse_arguments, run_main, warn
 from model import Condition, concat_conditions, encode_prompts, load_model, null_condition
+from text import well_formed
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CHECKPOINT = HERE / "checkpoints" / "toy" / "base"
@@ -37,24 +36,19 @@ DEFAULT_PROMPT = "a violin followed by rain"
 # ----------------------------------------------------------------------------- the algorithm
 
 def schedule(steps):
-    """Times 1 = t_0 > ... > t_steps = 0, (steps + 1,) float32: linspace(1, 1/N, N) with 0 appended, as the
-    official code.
-    """
+    """Times 1 = t_0 > ... > t_N = 0 of N steps, (N + 1,) float32: linspace(1, 1/N, N), then 0 (official code)."""
     return torch.from_numpy(np.append(np.linspace(1.0, 1.0 / steps, steps), 0.0).astype(np.float32))
 
 
 def euler(velocity_fn, x, ts):
-    """Integrate dx/dt = velocity_fn(x, t) along `ts` by x <- x + (t_next - t) v (paper 2.4): one evaluation
-    a step.
-    """
+    """Integrate dx/dt = velocity_fn(x, t) along `ts`: x <- x + (t_next - t) v (paper 2.4), one evaluation a step."""
     for t, t_next in zip(ts[:-1], ts[1:]):
         x = x + (t_next - t) * velocity_fn(x, t)                                   # (B, L, C)
     return x
 
 
 def heun(velocity_fn, x, ts):
-    """Heun's trapezium rule (paper A.7): exactly two evaluations a step, so N steps cost as much as 2N of
-    Euler.
+    """Heun's trapezium rule (paper A.7): two evaluations a step, so N steps cost as much as 2N of Euler.
 
     The last step is a full one as well: the velocity of a rectified flow is finite at t = 0 (unlike the
     slope of diffusion ODEs, whose samplers end on an Euler step).
@@ -76,10 +70,10 @@ def guide(cond, uncond, guidance_scale):
 
 
 def guided_velocity(flow, condition, null, guidance_scale):
-    """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision; null None: the conditional
-    branch alone.
+    """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision.
 
-    Both branches are one batch [uncond; cond], in the official order.
+    Both branches are one batch [uncond; cond], in the official order; without `null` (None) there is the
+    conditional one alone.
     """
     dtype = next(flow.parameters()).dtype
     if null is None:
@@ -99,11 +93,9 @@ def noise_for(seed, indices, shape):
 
 
 def negative_condition(text, negative_prompt, condition):
-    """The unconditional branch with a negative prompt in the place of "": one more text for every row, same
-    durations.
+    """The unconditional branch with a negative prompt in the place of "", the same for every row; durations stay.
 
-    It is padded to the row's own prompt length like the null text; where it is longer, all of it is
-    visible.
+    It is padded to the row's own prompt length like the null text; where it is longer, all of it is visible.
     """
     ids, mask = text.tokenize([negative_prompt])                                   # (1, S')
     size = max(ids.shape[1], condition.text.shape[1])
@@ -199,18 +191,14 @@ def counted(velocity_fn, bar):
 
 
 def default_duration(max_duration):
-    """Seconds asked for when nobody says: 10 (the official default), or the whole seconds that the model
-    can make.
-    """
+    """Seconds asked for when nobody says: 10 (the official default), or the whole seconds that the model can make."""
     return min(10.0, float(math.floor(max_duration)) or max_duration)
 
 
 # ----------------------------------------------------------------------------- command line
 
 def read_prompts(path):
-    """Rows {"prompt", "duration" or None} of a .txt (a prompt a line) or .jsonl file. Raises UserError if
-    none is there.
-    """
+    """Rows {"prompt", "duration": seconds or None} of a .txt (a prompt a line) or .jsonl file; none: UserError."""
     from common import read_jsonl
     path = Path(path)
     if path.suffix.lower() == ".jsonl":
@@ -236,9 +224,7 @@ def read_prompts(path):
 
 
 def output_paths(output, prompts):
-    """One WAV path per sample: `output` itself if it ends in .wav (one sample only), else
-    0000_words-of-the-prompt.wav in it.
-    """
+    """One WAV path per sample: `output` itself if it ends in .wav (one sample only), else 0000_words.wav in it."""
     output = Path(output)
     if output.suffix.lower() == ".wav":
         if len(prompts) > 1:
@@ -248,23 +234,8 @@ def output_paths(output, prompts):
     return [output / f"{index:04d}_{slug}.wav" for index, slug in enumerate(slugs)]
 
 
-def check_writable(paths):
-    """Raise UserError if a file cannot be written: known before the minutes of sampling, not after."""
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder; give another --output")
-    for folder in {path.parent for path in paths}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error.strerror}; give another --output") from None
-
-
 def warn_of_unknown_words(text, prompts, checkpoint):
-    """One warning for all words that the model's tokenizer has no piece for (the toy's spells them byte by
-    byte).
-    """
+    """One warning for all words that the model's tokenizer has no piece for (the toy's spells them in bytes)."""
     unknown = sorted({word for prompt in prompts for word in text.unknown_words(prompt)})
     if not unknown:
         return
@@ -277,28 +248,18 @@ def warn_of_unknown_words(text, prompts, checkpoint):
     warn(message)
 
 
-def parse_arguments(parser, argv=None, commands=()):
-    """parse_args, but a wrong argument is one line (UserError) and not the usage; `commands`: its
-    subparsers.
-    """
-    def fail(message):
-        raise UserError(f"{message}; see python {parser.prog} --help")
-    for one in (parser, *commands):
-        one.error = fail
-    return parser.parse_args(argv)
-
-
 def make_parser():
     """All flags of this script."""
     parser = argparse.ArgumentParser(description="Text to audio.", formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=__doc__.split("\n\n")[1])
     group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", action="append", 
+    group.add_argument("--prompt", action="append",
                        help=f'what to hear; repeat it for several (default "{DEFAULT_PROMPT}")')
     group.add_argument("--prompt_file",
                        help='a .txt with a prompt a line, or a .jsonl of {"prompt_id", "prompt", "duration"}')
     group.add_argument("--negative_prompt",
-                       help="what not to hear: takes the place of the empty text in guidance (default: none)")
+                       help="what not to hear: takes the place of the empty text in guidance (default: none; "
+                            "paper: none)")
     group.add_argument("--duration", type=float,
                        help="seconds, at most the model's maximum (default 4 for the toy; paper: 10)")
     group.add_argument("--num_samples", type=int, default=1, help="samples per prompt (default 1)")
@@ -327,7 +288,7 @@ def add_model_flags(parser, batch_size=16):
     """--checkpoint, --batch_size, --dtype, --device."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT),
-                       help="model folder or hub id (default: the bundled checkpoints/toy/base; paper: declare-lab/TangoFlux)")
+                       help=f"model folder or hub id (default: the bundled checkpoints/toy/base; paper: {OFFICIAL})")
     group.add_argument("--batch_size", type=int, default=batch_size, help=f"samples at a time (default {batch_size})")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
                        help="precision of the networks (default float32, as the official code)")
@@ -335,8 +296,9 @@ def add_model_flags(parser, batch_size=16):
 
 
 def check_sampling_flags(args):
-    """Raise UserError if a number of the sampler is out of range (NaN is)."""
-    for name, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 50), ("batch_size", 1, 4096)):
+    """Raise UserError if a sampling flag that `args` has is out of range (NaN is out of every range)."""
+    for name, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 50), ("seed", 0, 2 ** 63),
+                            ("batch_size", 1, 4096)):
         if hasattr(args, name):
             in_range(f"--{name}", getattr(args, name), low, high)
 
@@ -365,8 +327,10 @@ def main(argv=None):
     if any(not row["prompt"].strip() for row in rows):
         warn("an empty prompt asks for any sound at all")
     rows = [row for row in rows for _ in range(args.num_samples)]
-    prompts = [row["prompt"] for row in rows]
+    prompts = [well_formed(row["prompt"]) for row in rows]
     paths = output_paths(args.output, prompts)
+    if args.negative_prompt and args.guidance_scale == 1:
+        warn("--negative_prompt has no effect at --guidance_scale 1, which is no guidance")
     if args.plot:
         from importlib.util import find_spec
         if find_spec("matplotlib") is None:
@@ -380,7 +344,7 @@ def main(argv=None):
     fallback = default_duration(max_duration) if args.duration is None else args.duration
     durations = [check_duration("duration", fallback if row["duration"] is None else row["duration"], max_duration)
                  for row in rows]
-    warn_of_unknown_words(model.text, prompts, args.checkpoint)
+    warn_of_unknown_words(model.text, [*prompts, args.negative_prompt or ""], args.checkpoint)
     latents = generate(model, prompts, durations, seed=args.seed, steps=args.steps,
                        guidance_scale=args.guidance_scale, solver=args.solver, negative_prompt=args.negative_prompt,
                        batch_size=args.batch_size, progress=True)

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 from cache import TRAIN_SCENES, VAL_SCENES, default_folder, gather, manifest_cache, prepare, world_cache
-from common import UserError, append_jsonl, derive_seed, generator, in_range, run_main, warn
+from common import (UserError, append_jsonl, check_writable, derive_seed, generator, in_range, parse_arguments,
+                    run_main, warn)
 from training import (average_decay, choose_dtype, draw_log, export, linear_decay, load_state, log_line,
                       make_optimizer, mean_over_ranks, save_state, start_ranks, trainable, trim_log,
                       update_average, wait_for_ranks, weights_replaced)
@@ -43,13 +44,14 @@ from training import (average_decay, choose_dtype, draw_log, export, linear_deca
 VAL_BINS = 5               # validation loss is also logged per fifth of t
 # flags that decide what the weights become: a run is resumed only if they are the same
 DECISIVE = ("checkpoint", "preset", "text_encoder", "max_text_length", "seed", "batch_size", "learning_rate",
-            "beta1", "beta2", "weight_decay", "clip", "ema", "dropout", "null", "t_mean", "t_std", "t_grid")
+            "beta1", "beta2", "weight_decay", "clip", "ema", "dtype", "dropout", "null", "t_mean", "t_std", "t_grid")
 RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
           ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10),
           ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20), ("t_std", 1e-6, 20),
-          ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 1),
+          ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 0.99),
           ("max_minutes", 0, math.inf), ("save_every", 1, 1e9), ("log_every", 1, 1e9), ("val_every", 1, 1e9),
-          ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("workers", 0, 256))
+          ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("workers", 0, 256),
+          ("seed", 0, 2 ** 63))
 
 # ============================================================================= the algorithm
 
@@ -136,6 +138,7 @@ def batch_loss(flow, encoder, batch, null="empty_prompt"):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
+    """The order in which an epoch visits its `count` examples: a permutation that follows from (seed, epoch)."""
     return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
 
 
@@ -203,11 +206,8 @@ def load_parts(args, device):
     from vae import load_codec
     if args.checkpoint:
         model = load_model(args.checkpoint, device)
-        if model.flow.config["in_channels"] != model.codec.latent_channels:
-            raise UserError(f"{args.checkpoint}: the codec's latents are {model.codec.latent_channels} wide, "
-                            f"the flow's {model.flow.config['in_channels']}; use parts that belong together")
         return model.flow, model.codec, model.text, not args.train_text
-    codec = load_codec(args.codec).to(device).eval()
+    codec = load_codec(args.codec, device)
     config = {**PRESETS[args.preset], "in_channels": codec.latent_channels,
               "text_encoder_name": "text_encoder"}
     config["audio_seq_len"] = round(config["max_duration"] * codec.sampling_rate) // codec.hop
@@ -253,6 +253,7 @@ def train(args):
     rank, ranks, device = start_ranks(args.device)
     say, out, began = print if rank == 0 else lambda *_: None, Path(args.out), time.monotonic()
     autocast = choose_dtype(args.dtype, device, say)
+    check_writable([out / "state.pt"])
     flow, codec, encoder, frozen = load_parts(args, device)
     if rank > 0:
         wait_for_ranks(ranks)                   # the first process builds the caches, the others open them
@@ -338,6 +339,7 @@ def draw_losses(out):
 
 
 def parse_args(arguments=None):
+    """All flags of this script, their ranges checked; `arguments` instead of the command line."""
     from data import add_data_flags
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -380,11 +382,11 @@ def parse_args(arguments=None):
                        help="what dropped examples get: T5(\"\") as in guidance, or the official zeros "
                             "(default: empty_prompt)")
     group = parser.add_argument_group("optimizer (paper A.5)")
-    group.add_argument("--steps", type=int, default=3500,
-                       help="default: 3500; paper: 80 epochs, then 65 on AudioCaps")
+    group.add_argument("--steps", type=int, default=2200,
+                       help="default: 2200; paper: 80 epochs, then 65 on AudioCaps")
     group.add_argument("--epochs", type=float, help="instead of --steps (paper: 80, then 65 of fine-tuning)")
-    group.add_argument("--batch_size", type=int, default=64,
-                       help="a process (default: 64; paper: 16 on each of 5 GPUs, 80)")
+    group.add_argument("--batch_size", type=int, default=32,
+                       help="a process (default: 32; paper: 16 on each of 5 GPUs, 80)")
     group.add_argument("--learning_rate", type=float,
                        help="peak (default: 1e-3, with --checkpoint 1e-4; paper: 5e-4)")
     group.add_argument("--warmup_steps", type=int,
@@ -416,7 +418,7 @@ def parse_args(arguments=None):
                        help="of the matrix products (default: auto, bfloat16 where the hardware has it; "
                             "official: float32)")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    args = parser.parse_args(arguments)
+    args = parse_arguments(parser, arguments)
     args.out = args.out or ("runs/tuned" if args.checkpoint else "runs/base")
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.checkpoint else 1e-3

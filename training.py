@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, atomic_path, choose_device, read_jsonl, save_tensors
+from common import UserError, atomic_path, choose_device, read_jsonl, save_tensors, warn
 
 # ----------------------------------------------------------------------------- schedules, optimizer, average
 
 def linear_decay(step, peak, warmup, steps):
-    """Rate of step 0, 1, ...: linear warm-up to `peak` over `warmup` steps, linear decay to 0 at `steps`.
+    """Learning rate of step 0, 1, ...: linear warm-up to `peak` over `warmup` steps, linear decay to 0 at `steps`.
 
     For the flow. Paper A.5: "a linear learning rate scheduler for 2000 steps", read as its length of warm-up,
     as the official code.
@@ -124,11 +124,14 @@ def load_state(out, named, optimizer, average, settings, product="tangoflux.safe
         if started.get(name) != wanted.get(name):
             raise UserError(f"the run in {out} was started with {name} = {started.get(name)}, now it is "
                             f"{wanted.get(name)}; give the same flags to go on, or another --out")
-    copy_weights(named, state["weights"])
-    for name, tensor in average.items():
-        tensor.copy_(state["average"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["minutes"]
+    try:
+        copy_weights(named, state["weights"])
+        for name, tensor in average.items():
+            tensor.copy_(state["average"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["minutes"]
+    except (KeyError, RuntimeError, ValueError) as error:       # written by another version of the code
+        raise UserError(f"{path} does not fit this model ({error}); choose another --out") from None
 
 
 def trim_log(out, step):
@@ -156,13 +159,12 @@ def draw_log(out, panels, name="loss.png"):
     """
     rows = read_jsonl(Path(out) / "log.jsonl")
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError:
-        print(f"no {name}: install matplotlib for pictures")
+        warn(f"matplotlib is not installed, so {name} is skipped; `pip install matplotlib` draws it")
         return False
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, scale, curves) in zip(axes[0], panels):
         for label, curve in curves.items():
             points = [(row["step"], curve(row)) for row in rows if curve(row) is not None]
@@ -172,10 +174,8 @@ def draw_log(out, panels, name="loss.png"):
         axis.set(title=title, xlabel="step", yscale=scale)
         if scale == "linear":
             axis.set_ylim(bottom=0)
-    figure.tight_layout()
     with atomic_path(Path(out) / name) as temporary:
         figure.savefig(temporary, dpi=100)
-    plt.close(figure)
     return True
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 # Parameters of the two mel codecs behind FluxAudio (MMAudio's mel converter). The toy uses the first.
-MEL_16K = dict(sampling_rate=16000, n_fft=1024, num_mels=80, hop_size=256, win_size=1024, fmin=0, fmax=8000, log="log10")
+MEL_16K = dict(sampling_rate=16000, n_fft=1024, num_mels=80, hop_size=256, win_size=1024, fmin=0, fmax=8000,
+               log="log10")
 MEL_44K = dict(sampling_rate=44100, n_fft=2048, num_mels=128, hop_size=512, win_size=2048, fmin=0, fmax=22050.0,
                log="natural log")
 
@@ -27,9 +28,7 @@ FLOOR = 1e-5                      # mel magnitudes below this are stored as this
 # ----------------------------------------------------------------------------- the mel scale
 
 def hz_to_mel(hz):
-    """Slaney's scale (Auditory Toolbox): linear below 1 kHz (3 mel per 200 Hz), logarithmic above (27 mel
-    per factor 6.4).
-    """
+    """Slaney's scale (Auditory Toolbox): linear below 1 kHz, 3 mel per 200 Hz; above, 27 mel per factor 6.4."""
     hz = np.asarray(hz, dtype=np.float64)
     return np.where(hz < 1000, hz * 3 / 200, 15 + np.log(np.maximum(hz, 1e-9) / 1000) * 27 / math.log(6.4))
 
@@ -41,9 +40,7 @@ def mel_to_hz(mel):
 
 
 def mel_filters(sampling_rate, n_fft, num_mels, fmin, fmax):
-    """Triangular mel filters (M, K), each of unit area in Hz (Slaney's norm, the default of
-    librosa.filters.mel).
-    """
+    """Triangular mel filters (M, K), each of unit area in Hz (Slaney's norm, librosa.filters.mel's default)."""
     bins = np.arange(n_fft // 2 + 1) * sampling_rate / n_fft
     edges = mel_to_hz(np.linspace(hz_to_mel(fmin), hz_to_mel(fmax), num_mels + 2))
     low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
@@ -79,9 +76,7 @@ class LogMel(nn.Module):
         return mel.log() if self.natural else mel.log10()
 
     def to_magnitude(self, log_mel):
-        """The log undone, (B, M, F) -> (B, M, F); what lies on the floor is zero, so that silence stays
-        silence.
-        """
+        """The log undone, (B, M, F) -> (B, M, F); what lies on the floor is zero: silence stays silence."""
         magnitude = log_mel.exp() if self.natural else 10 ** log_mel
         return torch.where(magnitude > FLOOR * 1.01, magnitude, torch.zeros_like(magnitude))
 
@@ -125,9 +120,7 @@ def invert_mel(log_mel, mel, steps=10):
 
 
 def overlap_add(frames, hop):
-    """Sum frames (B, F, n_fft) at distance `hop` -> (B, (F - 1) * hop + n_fft); n_fft must be a multiple of
-    hop.
-    """
+    """Sum frames (B, F, n_fft) at distance `hop` -> (B, (F - 1) * hop + n_fft); n_fft is a multiple of hop."""
     batch, count, length = frames.shape
     parts = length // hop
     frames = frames.view(batch, count, parts, hop)

@@ -6,7 +6,7 @@ of each scene (events, order, onsets, counts, duration) is known, faithfulness t
 captioned data set offers. Everything about scene i follows from (seed, split, i), so that nothing need be stored.
 
     from world import World
-    audio, scene = World("train").render(7)        # audio: float32 (65536,), 16 kHz; scene.prompt: "rain and a violin"
+    audio, scene = World("train").render(11)   # float32 (65536,), 16 kHz; scene.prompt: "knocking followed by rain"
 
 The recorded clips are split by clip: a test scene plays clips that no training scene has played. The pairs in
 sounds/unseen_pairs.json never sound in one training scene (pairs="seen"); they make the test prompts (pairs="unseen").
@@ -14,7 +14,6 @@ Degradations of known strength (`degrade`) are part of the world: codec and tagg
 
 Only numpy is imported here; soundfile is needed for rendering recorded events, not for captions.
 """
-import json
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,16 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, derive_seed
+from common import UserError, derive_seed, read_json, read_jsonl
 
 SAMPLE_RATE = 16000          # Hz
 CLIP_SAMPLES = 65536         # 4.096 s: 64 latent frames of 1024 samples
 MIN_DURATION, MAX_DURATION = 1.0, 4.0  # seconds of sound in a scene; silence follows
-MIN_COUNT, MAX_COUNT = 2, 4  # what a prompt may count ("two beeps" to "four beeps")
 MAX_HITS = 6                 # strikes of an uncounted "beeping"
 SOUNDS = Path(__file__).parent / "sounds"
 PITCH = 4                    # semitones that a recorded note is moved up or down, at the most
-NUMBERS = {2: "two", 3: "three", 4: "four"}
+NUMBERS = {2: "two", 3: "three", 4: "four"}  # what a prompt may count
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ EVENTS = {event.name: event for event in (
     Event("piano", "recorded", ("a piano", "a piano playing", "piano music"), "piano notes"),
     Event("flute", "recorded", ("a flute", "a flute playing", "flute music"), sustained=True),
     Event("choir", "recorded", ("a choir", "a choir singing", "people singing in a choir"), sustained=True),
-    Event("church organ", "recorded", ("a church organ", "a church organ playing", "church organ music"), sustained=True),
+    Event("church organ", "recorded", ("a church organ", "a church organ playing", "church organ music"),
+          sustained=True),
     Event("trumpet", "recorded", ("a trumpet", "a trumpet playing", "a trumpet blowing"), "trumpet notes", True),
     Event("harmonica", "recorded", ("a harmonica", "a harmonica playing", "harmonica music"), sustained=True),
     Event("electric guitar", "recorded", ("an electric guitar", "a distorted electric guitar",
@@ -114,7 +113,7 @@ class Scene:
 @lru_cache(maxsize=1)
 def unseen_pairs():
     """The set of frozensets {a, b} of event names that no training scene holds (sounds/unseen_pairs.json)."""
-    return {frozenset(pair) for pair in json.loads((SOUNDS / "unseen_pairs.json").read_text())}
+    return {frozenset(pair) for pair in read_json(SOUNDS / "unseen_pairs.json")}
 
 
 def known_words():
@@ -245,7 +244,8 @@ def bird_strike(rng):
     def chirp(rng, length):
         m = min(length * 3 // 4, int(rng.uniform(0.09, 0.16) * SAMPLE_RATE))
         x = np.linspace(0, 1, m)
-        return np.sin(phase(start + sweep * (x if bend > 0 else 1 - x) + 300 * np.sin(9 * x))) * np.sin(np.pi * x) ** 0.7
+        pitch = start + sweep * (x if bend > 0 else 1 - x) + 300 * np.sin(9 * x)
+        return np.sin(phase(pitch)) * np.sin(np.pi * x) ** 0.7
     return chirp
 
 
@@ -298,8 +298,7 @@ def recorded_clips(split):
     if not listing.is_file():
         raise UserError(f"{listing} is missing; restore the sounds folder of the repository")
     clips = {}
-    for line in listing.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(listing):
         if row["split"] == split:
             clip = read_audio(SOUNDS / row["audio"], SAMPLE_RATE, 1)[0].numpy()
             loud = np.flatnonzero(np.abs(clip) > 0.02 * np.abs(clip).max())
@@ -357,7 +356,10 @@ def strike_times(rng, n, hits):
 
 
 def sound_event(rng, name, n, count, split):
-    """Render event `name` into `n` samples -> wave (n,) of loudness 1, strikes: start samples, None if not countable."""
+    """Render event `name` into `n` samples -> wave (n,) of loudness 1, start samples of its strikes or None.
+
+    count: strikes that the prompt asks for, None: as many as fit; starts are None for what is not countable.
+    """
     event = EVENTS[name]
     if name in SUSTAINED:
         wave, starts = SUSTAINED[name](rng, n), None
@@ -463,9 +465,10 @@ class World:
 
     def scene(self, index):
         """The truth of scene `index` -> Scene (strikes and hits of uncounted events are known only after render)."""
-        return self._compose(index)[0]
+        return self._compose(index)
 
     def _compose(self, index):
+        """Scene `index`; its choices are drawn in a fixed order, so that an index always means the same scene."""
         rng = self._rng(index, "scene")
         duration = round(self.duration or rng.uniform(MIN_DURATION, MAX_DURATION), 2)
         weights = np.array(self.relations, float)
@@ -490,17 +493,18 @@ class World:
             if fits and rng.random() < self.counted:
                 count = int(rng.choice(fits))
             events.append(SceneEvent(name, round(float(onset), 4), round(float(offset), 4), count))
-            phrases.append(f"{NUMBERS[count]} {event.counted}" if count else event.phrases[rng.integers(len(event.phrases))])
+            phrases.append(f"{NUMBERS[count]} {event.counted}" if count else
+                           event.phrases[rng.integers(len(event.phrases))])
         form_texts = (SINGLE, AND, THEN, THEN3)[form]
         prompt = form_texts[rng.integers(len(form_texts))].format(**dict(zip("abc", phrases)))
         degradation = None
         if rng.random() < self.degraded:
             degradation = (str(rng.choice(DEGRADATIONS)), round(float(rng.random()), 4))
-        return Scene(index, prompt, ("single", "and", "then", "then")[form], events, duration, degradation), rng
+        return Scene(index, prompt, ("single", "and", "then", "then")[form], events, duration, degradation)
 
     def render(self, index):
         """-> (audio float32 (65536,) in [-1, 1], Scene with strikes): the same for the same (split, seed, index)."""
-        scene, _ = self._compose(index)
+        scene = self._compose(index)
         rng = self._rng(index, "audio")
         audio = np.zeros(CLIP_SAMPLES)
         for event in scene.events:

@@ -85,13 +85,13 @@ def test_toy_codec_shapes():
     codec = vae.make_codec("mel", vae.TOY_MEL)
     assert sum(p.numel() for p in codec.parameters()) < 3e6
     facts = codec.hop, codec.sampling_rate, codec.latent_channels, codec.audio_channels
-    assert facts == (1024, 16000, 32, 1)
+    assert facts == (1024, 16000, 48, 1)
     with torch.no_grad():
         mean, std = codec.encode(torch.zeros(1, 1, 65536))
-        assert mean.shape == std.shape == (1, 64, 32) and (std > 0).all()
+        assert mean.shape == std.shape == (1, 64, 48) and (std > 0).all()
         assert codec.decode_mel(mean).shape == (1, 80, 256)
         assert codec.decode(mean[:, :5]).shape == (1, 1, 5 * 1024)
-        assert codec.encode(torch.zeros(2, 1, 3000))[0].shape == (2, 3, 32)     # the last frame is filled up
+        assert codec.encode(torch.zeros(2, 1, 3000))[0].shape == (2, 3, 48)     # the last frame is filled up
 
 
 def test_normalise_and_denormalise_are_inverse():
@@ -230,7 +230,7 @@ def one_thread():
 
 
 def flags(out, *extra, codec="mel"):
-    config = TINY if codec == "mel" else TINY_OOBLECK
+    config = {**TINY, "patch": 1, "linear_skip": False} if codec == "mel" else TINY_OOBLECK
     return ["--codec", codec, "--config", json.dumps(config), "--clips", "2", "--validation_clips", "1",
             "--batch_size", "2", "--warmup_steps", "2", "--log_every", "3", "--device", "cpu",
             "--crop_seconds", "0.256", "--out", str(out), *extra]
