@@ -1,4 +1,5 @@
 """Shared by all tests: the repository on the path, and the fixtures of the original implementations."""
+import importlib.util
 import json
 import os
 import sys
@@ -9,6 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 PARITY = ROOT.parent / "shared" / "parity"
+
+
+# pictures are an extra: tests of them run where matplotlib is installed (as in CI's second round)
+PICTURES = importlib.util.find_spec("matplotlib") is not None
 
 
 class Fixture:
@@ -43,9 +48,10 @@ def relative_error(ours, reference):
 def pytest_collection_modifyitems(items):
     """Mark what compares with an original implementation: `pytest -m original` (CI runs it with nothing skipped)."""
     for item in items:
-        if "parity" in getattr(item, "fixturenames", ()) or "diffusers" in item.name or "scipy" in item.name:
+        named = any(word in item.name for word in ("diffusers", "scipy", "picture"))
+        if named or "parity" in getattr(item, "fixturenames", ()):
             item.add_marker("original")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "original: compares with an original implementation")
+    config.addinivalue_line("markers", "original: compares with an original implementation, or needs an extra")

@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy import signal
 
 import audio
 from common import UserError
@@ -40,6 +39,7 @@ def test_resample_keeps_the_pass_band(rate_in, rate_out):
 @pytest.mark.parametrize("rate_in, rate_out", RATES)
 def test_resample_matches_scipy(rate_in, rate_out):
     """Band-limited noise, against scipy.signal.resample_poly with a filter of its own."""
+    signal = pytest.importorskip("scipy.signal")
     up, down = rate_out // math.gcd(rate_in, rate_out), rate_in // math.gcd(rate_in, rate_out)
     noise = np.random.default_rng(0).standard_normal(8000)
     spectrum = np.fft.rfft(noise)
@@ -163,7 +163,8 @@ def test_mel_picture_shows_a_tone_at_its_frequency():
     assert picture.max() == 0 and audio.mel_picture(torch.zeros(10).double(), 16000, edges).isfinite().all()
 
 
-def test_save_spectrogram(tmp_path, capsys, monkeypatch):
+def test_spectrogram_picture(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
     noise = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0))
     sounds, titles = [noise, np.zeros(50, np.float32), torch.ones(1)], ["rain $x", "\U0001f40d \u5c0f\u63d0", "x " * 200]
     assert audio.save_spectrogram(tmp_path / "a.png", sounds, titles, 44100)

@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 import data
+from conftest import PICTURES
 from audio import write_wav
 from common import UserError, read_jsonl, run_main
 from test_audio import bad_files
@@ -184,7 +185,7 @@ def test_preview_of_the_world(tmp_path, monkeypatch, capsys):
     for row in rows:
         assert len(row["events"]) == 2 and row["degradation"] and row["relation"] in ("and", "then")
         assert {"name", "onset", "offset", "count", "hits"} <= set(row["events"][0])
-    assert (tmp_path / "spectrograms.png").stat().st_size > 10000
+    assert not PICTURES or (tmp_path / "spectrograms.png").stat().st_size > 10000
     assert data.read_manifest(tmp_path / "captions.jsonl")[0]["duration"] == rows[0]["duration"]  # a manifest too
 
 
