@@ -225,8 +225,8 @@ def measure_latents(codec, examples, limit=2000):
 
     With a linear skip the principal components have equal variance, though the first moves the log-mel a hundred times
     as much as the last. The flow's loss should not spend itself on the last: a normalised channel keeps a standard
-    deviation in proportion to the square root of its reach (mean square 1). At 2200 steps the flow so trained made more
-    exact scenes than with equal channels at 4000.
+    deviation in proportion to the square root of its reach (mean square 1). A choice, not yet a finding: one run each
+    and 128 prompts gave event F1 0.456, 5 exact scenes after 2200 steps so, 0.455 and 1 after 4000 with equal channels.
     """
     codec.eval()
     means, variances = [], []
