@@ -236,9 +236,10 @@ def codec(args, model, heads):
             pair = [score_cells(metrics.tally_all(hear(tagger, clips), truths), args.seed)
                     for clips in (real, decoded)]
             f1 = [values["f1"]["value"] for _, values in pair]
-            table.append([name, ear, pair[0][0][0], pair[1][0][0], f"{f1[1] / f1[0]:.3f}"])
+            ratio = f1[1] / f1[0] if f1[0] else float("nan")                       # nothing heard at all
+            table.append([name, ear, pair[0][0][0], pair[1][0][0], f"{ratio:.3f}"])
             numbers[f"{name} / {ear}"] = {"originals": pair[0][1], "reconstructions": pair[1][1],
-                                          "ratio": f1[1] / f1[0]}
+                                          "ratio": ratio}
     parts += [f"Events of {args.prompts} held-out scenes, on the originals and after encode and decode:",
               markdown(["scenes", "heard by", "F1 originals", "F1 reconstructions", "ratio"], table)]
     errors = mel_errors(model, args)

@@ -129,7 +129,10 @@ def load_tagger(source, which="judge", device="cpu"):
         config = json.loads((file.metadata() or {}).get("tagger", "null"))
     if config is None:
         raise UserError(f"{path} is no tagger: its header has no config; write one with python train_tagger.py")
-    tagger = Tagger(**config)
+    try:
+        tagger = Tagger(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its header does not describe a tagger ({error}); train it again") from None
     load_exactly(tagger, tensors, str(path))
     return tagger.to(device).eval()
 
