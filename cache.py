@@ -35,7 +35,7 @@ from common import (UserError, append_jsonl, atomic_path, choose_device, file_ha
                     read_json, read_jsonl, run_main, warn, write_json)
 
 FORMAT = 1                                  # raise it when the layout of the folder changes: older ones are refused
-TRAIN_SCENES, VAL_SCENES = 20000, 512       # scenes of the built-in world
+TRAIN_SCENES, VAL_SCENES = 40000, 512       # scenes of the built-in world
 
 
 class Cache(NamedTuple):

@@ -36,7 +36,7 @@ LOSS_WEIGHTS = {"stft": 1.0, "waveform": 1.0, "kl": 1e-4}
 
 # How TOY_OOBLECK is trained: flags of vae.py, found by experiment on eight one-second clips. Its other flags
 # (beta2 0.99, 50 steps of warm-up, cosine decay, gradients clipped to norm 1) are right for both codecs.
-TOY_OOBLECK_TRAINING = {"lr": 3e-3, "beta1": 0.8, "batch_size": 4, "crop_seconds": 1.0, "steps": 3000,
+TOY_OOBLECK_TRAINING = {"learning_rate": 3e-3, "beta1": 0.8, "batch_size": 4, "crop_seconds": 1.0, "steps": 3000,
                         "kl_weight": LOSS_WEIGHTS["kl"]}
 
 DILATIONS = (1, 3, 9)

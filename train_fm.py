@@ -5,7 +5,7 @@
     python train_fm.py --checkpoint checkpoints/toy/base --data my.jsonl --train_text   # on your clips
     torchrun --nproc_per_node 5 train_fm.py --preset tangoflux --codec FOLDER \\
         --text_encoder google/flan-t5-large --data wavcaps.jsonl --epochs 80 --batch_size 16 \\
-        --learning_rate 5e-4 --warmup_steps 2000                                         # the paper's
+        --learning_rate 5e-4 --warmup_steps 2000 --t_mean 0                              # the paper's
 
 The run's folder is a model folder, which sample.py and all other scripts load: its tangoflux.safetensors (and
 its text_encoder, if trained) hold the AVERAGED weights unless --save_weights raw. ema.safetensors holds the
@@ -14,8 +14,8 @@ noise, its t and its dropout follow from (seed, i) alone: a killed and resumed r
 
 Where paper and official code differ, we do this:
   - the duration embedder is trained (the official optimizer forgets it: it gets transformer and fc only);
-  - the text encoder is in eval mode, without T5's dropout (the official loop turns it on by accident); it is
-    trained from scratch with the flow, and frozen when it comes from elsewhere, unless --train_text;
+  - the text encoder is in eval mode, without T5's dropout (the official loop turns it on by accident), and frozen
+    as in the paper, unless --train_text; the toy's first learns to read captions (text.learn_to_read);
   - condition dropout replaces the text by T5(""), the very null that guidance uses, and keeps the duration
     (the paper has none; the official option zeroes text and duration, not the pooled text:
     --null official_zeros);
@@ -36,21 +36,21 @@ import torch
 
 from cache import TRAIN_SCENES, VAL_SCENES, default_folder, gather, manifest_cache, prepare, world_cache
 from common import (UserError, append_jsonl, check_writable, derive_seed, generator, in_range, parse_arguments,
-                    run_main, warn)
+                    read_json, run_main, warn, write_json)
 from training import (average_decay, choose_dtype, draw_log, export, linear_decay, load_state, log_line,
                       make_optimizer, mean_over_ranks, save_state, start_ranks, trainable, trim_log,
                       update_average, wait_for_ranks, weights_replaced)
 
 VAL_BINS = 5               # validation loss is also logged per fifth of t
 # flags that decide what the weights become: a run is resumed only if they are the same
-DECISIVE = ("checkpoint", "preset", "text_encoder", "max_text_length", "seed", "batch_size", "learning_rate",
-            "beta1", "beta2", "weight_decay", "clip", "ema", "dtype", "dropout", "null", "t_mean", "t_std", "t_grid")
+DECISIVE = ("checkpoint", "preset", "text_encoder", "train_text", "reading_steps", "max_text_length", "seed",
+            "batch_size", "learning_rate", "beta1", "beta2", "weight_decay", "clip", "ema", "dtype", "dropout", "null", "t_mean", "t_std", "t_grid")
 RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
           ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10),
           ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20), ("t_std", 1e-6, 20),
           ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 0.99),
           ("max_minutes", 0, math.inf), ("save_every", 1, 1e9), ("log_every", 1, 1e9), ("val_every", 1, 1e9),
-          ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("workers", 0, 256),
+          ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("reading_steps", 0, 1e9), ("workers", 0, 256),
           ("seed", 0, 2 ** 63))
 
 # ============================================================================= the algorithm
@@ -199,10 +199,10 @@ def validate(flow, encoder, batches, autocast):
 # ============================================================================= set-up and loop
 
 
-def load_parts(args, device):
+def load_parts(args, device, say=print):
     """(flow, codec, text encoder, whether it is frozen), from --checkpoint or newly initialised."""
     from model import PRESETS, TangoFlux, fetch, load_model
-    from text import TextEncoder, make_text_encoder
+    from text import TextEncoder
     from vae import load_codec
     if args.checkpoint:
         model = load_model(args.checkpoint, device)
@@ -217,12 +217,29 @@ def load_parts(args, device):
             args.text_encoder, ["config.json", "model.safetensors", "tokenizer*.json", "spiece.model"]))
         config["joint_attention_dim"] = encoder.width
     else:
-        from world import known_words
-        encoder = make_text_encoder(known_words(), config["joint_attention_dim"], seed=args.seed)
+        encoder = new_encoder(args, config["joint_attention_dim"], device, say)
     with torch.random.fork_rng(devices=[]):     # initialisation is the one place with the global generator
         torch.manual_seed(derive_seed(args.seed, "flow"))
         flow = TangoFlux(config)
-    return flow.to(device), codec, encoder.to(device), bool(args.text_encoder) and not args.train_text
+    frozen = not args.train_text and not (args.data and not args.text_encoder)  # it read captions of the world only
+    return flow.to(device), codec, encoder.to(device), frozen
+
+
+def new_encoder(args, width, device, say):
+    """A small text encoder that has learned to read; it is in --out at once, and a run that goes on finds it there."""
+    from text import TextEncoder, learn_to_read, make_text_encoder
+    from world import known_words
+    made, folder = {"seed": args.seed, "reading_steps": args.reading_steps}, Path(args.out) / "text_encoder"
+    note = Path(args.out) / "reading.json"
+    if note.is_file() and read_json(note) == made:
+        return TextEncoder.load(folder)
+    encoder = make_text_encoder(known_words(), width, seed=args.seed).to(device)
+    if args.reading_steps:
+        share = learn_to_read(encoder, args.reading_steps, seed=args.seed)
+        say(f"text encoder: reads {100 * share:.1f} % of the world's captions without a mistake")
+    encoder.save(folder)
+    write_json(note, made)                      # last: it says that the folder is whole
+    return encoder
 
 
 def load_data(args, codec, encoder, frozen, max_duration):
@@ -254,10 +271,11 @@ def train(args):
     say, out, began = print if rank == 0 else lambda *_: None, Path(args.out), time.monotonic()
     autocast = choose_dtype(args.dtype, device, say)
     check_writable([out / "state.pt"])
-    flow, codec, encoder, frozen = load_parts(args, device)
+    flow, codec, encoder, frozen = load_parts(args, device, say)
     if rank > 0:
         wait_for_ranks(ranks)                   # the first process builds the caches, the others open them
-    data, held = load_data(args, codec, encoder, frozen, flow.config["max_duration"])
+    kept = frozen and bool(args.checkpoint or args.text_encoder)    # a new encoder is small: its text stays live
+    data, held = load_data(args, codec, encoder, kept, flow.config["max_duration"])
     if rank == 0:
         wait_for_ranks(ranks)
     flow.train()
@@ -276,13 +294,24 @@ def train(args):
                              extra={"training": {**vars(args), **settings}})
     if rank == 0:
         save_model(out, codec=codec, text=encoder if frozen else None)
-        trim_log(out, step)
+        trim_log(out, step or -1)             # a new run writes its own row of step 0
         if step:
             export(out, save, named, average, args.save_weights)      # a kill may have come between two files
     say(f"{len(data.rows)} training and {len(held.rows)} validation clips, text encoder "
         f"{'frozen' if frozen else 'trained'}, {sum(p.numel() for p in named.values()):,} parameters; "
         + (f"going on at step {step} of {steps}" if step else f"{steps} steps"))
     grid = list(validation_batches(held, codec, args.val_clips)) if rank == 0 else []
+
+    def validated():
+        """Validation of the weights and of their average, as entries of a row of the log."""
+        row = dict(zip(("val_loss", "val_bins"), validate(flow, encoder, grid, autocast)))
+        with weights_replaced(named, average):
+            return row | dict(zip(("val_loss_ema", "val_bins_ema"), validate(flow, encoder, grid, autocast)))
+
+    if rank == 0 and step == 0:                                       # where a fine-tuning starts from
+        row = {"step": 0, "minutes": (time.monotonic() - began) / 60, **validated()}
+        append_jsonl(out / "log.jsonl", row)
+        say(f"before step 1: validation loss {row['val_loss']:.4f}", flush=True)
     losses, mark, late = [], time.monotonic(), torch.zeros(1, device=device)
     while step < steps and not late:
         rate = linear_decay(step, args.learning_rate, warmup, steps)
@@ -311,9 +340,7 @@ def train(args):
             row = {"step": step, "loss": float(np.mean(losses)), "lr": rate, "grad_norm": norm,
                    "seconds_per_step": (time.monotonic() - mark) / len(losses), "minutes": earlier + minutes}
             if last or step % args.val_every == 0:
-                row["val_loss"], row["val_bins"] = validate(flow, encoder, grid, autocast)
-                with weights_replaced(named, average):
-                    row["val_loss_ema"], row["val_bins_ema"] = validate(flow, encoder, grid, autocast)
+                row |= validated()
             append_jsonl(out / "log.jsonl", row)
             say(log_line(row, steps), flush=True)
             losses, mark = [], time.monotonic()
@@ -346,14 +373,18 @@ def parse_args(arguments=None):
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint",
                        help="model folder or hub id to start from (default: a new flow and text encoder)")
-    group.add_argument("--codec", default="checkpoints/toy/base",
+    group.add_argument("--codec",
                        help="folder with the codec of a new flow (default: checkpoints/toy/base)")
-    group.add_argument("--preset", choices=["toy", "tangoflux"], default="toy",
+    group.add_argument("--preset", choices=["toy", "tangoflux"],
                        help="size of a new flow (default: toy; paper: tangoflux, 6 + 18 blocks, 1024 wide)")
     group.add_argument("--text_encoder", help="T5 folder or hub id for a new flow, then frozen (default: "
-                                              "a small new one, trained; paper: google/flan-t5-large)")
+                                              "a small new one; paper: google/flan-t5-large)")
+    group.add_argument("--reading_steps", type=int, default=2000,
+                       help="steps in which a small new text encoder learns to read captions before the flow is "
+                            "trained (default: 2000; 0: none; paper: FLAN-T5 comes trained)")
     group.add_argument("--train_text", action="store_true",
-                       help="train a given text encoder, too (default: off, as paper)")
+                       help="train the text encoder with the flow, too (default: off, as paper; on for a new one "
+                            "with --data, whose captions it can't read)")
     group.add_argument("--max_text_length", type=int, default=64,
                        help="text tokens (default: 64, as the official code)")
     add_data_flags(parser)
@@ -370,8 +401,9 @@ def parse_args(arguments=None):
     group.add_argument("--workers", type=int, default=2,
                        help="processes that render, threads that read (default: 2)")
     group = parser.add_argument_group("flow matching")
-    group.add_argument("--t_mean", type=float, default=0.0,
-                       help="of the logit-normal t (default: 0; paper A.5: 0)")
+    group.add_argument("--t_mean", type=float, default=0.8,
+                       help="of the logit-normal t (default: 0.8, for what a text decides is decided near noise; "
+                            "paper A.5: 0)")
     group.add_argument("--t_std", type=float, default=1.0,
                        help="of the logit-normal t (default: 1; paper A.5: variance 1)")
     group.add_argument("--t_grid", type=int, default=0,
@@ -382,13 +414,13 @@ def parse_args(arguments=None):
                        help="what dropped examples get: T5(\"\") as in guidance, or the official zeros "
                             "(default: empty_prompt)")
     group = parser.add_argument_group("optimizer (paper A.5)")
-    group.add_argument("--steps", type=int, default=2200,
-                       help="default: 2200; paper: 80 epochs, then 65 on AudioCaps")
+    group.add_argument("--steps", type=int, default=7000,
+                       help="default: 7000; paper: 80 epochs, then 65 on AudioCaps")
     group.add_argument("--epochs", type=float, help="instead of --steps (paper: 80, then 65 of fine-tuning)")
     group.add_argument("--batch_size", type=int, default=32,
                        help="a process (default: 32; paper: 16 on each of 5 GPUs, 80)")
     group.add_argument("--learning_rate", type=float,
-                       help="peak (default: 1e-3, with --checkpoint 1e-4; paper: 5e-4)")
+                       help="peak (default: 2e-3, with --checkpoint 1e-4; paper: 5e-4)")
     group.add_argument("--warmup_steps", type=int,
                        help="then linear decay to 0 (default: 300, at most a tenth; paper: 2000)")
     group.add_argument("--beta1", type=float, default=0.9, help="of AdamW (default: 0.9; paper: 0.9)")
@@ -419,9 +451,16 @@ def parse_args(arguments=None):
                             "official: float32)")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parse_arguments(parser, arguments)
+    new = {"codec": "checkpoints/toy/base", "preset": "toy", "text_encoder": None}     # of a new flow alone
+    given = [f"--{name}" for name in new if getattr(args, name) is not None]
+    if args.checkpoint and given:
+        raise UserError(f"{' and '.join(given)} would have no effect: --checkpoint brings codec, size and text "
+                        "encoder along; leave one or the other out")
+    for name, default in new.items():
+        setattr(args, name, getattr(args, name) or default)
     args.out = args.out or ("runs/tuned" if args.checkpoint else "runs/base")
     if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.checkpoint else 1e-3
+        args.learning_rate = 1e-4 if args.checkpoint else 2e-3
     for name, low, high in RANGES:
         if getattr(args, name) is not None:
             in_range(f"--{name}", getattr(args, name), low, high)

@@ -3,7 +3,7 @@
     python vae.py                                            # the toy's mel codec, on the built-in world
     python vae.py --codec oobleck --max_minutes 20           # a small waveform codec, on one-second crops
     python vae.py --data my/captions.jsonl --seconds 4.096   # on audio of your own
-    python vae.py --checkpoint runs/vae --out runs/finer --lr 1e-3    # go on from a trained codec
+    python vae.py --checkpoint runs/vae --out runs/finer --learning_rate 1e-3    # go on from a trained codec
     python vae.py --codec oobleck --data sounds/captions.jsonl --seconds 1 --overfit 8 --max_minutes 20 \\
         --out runs/oobleck_overfit                           # does it learn at all? Eight clips, by heart
 
@@ -45,9 +45,9 @@ TOY_MEL = dict(data_dim=80, embed_dim=48, hidden_dim=192, ch_mult=[1], num_res_b
 
 # What differs between the codecs where a flag is not given.
 DEFAULTS = {
-    "mel": dict(config=TOY_MEL, clips=6000, crop_seconds=2.048, steps=1000, batch_size=32, lr=1e-2, beta1=0.9,
-                kl_weight=1e-3, precision="bfloat16"),
-    "oobleck": dict(config=TOY_OOBLECK, clips=512, precision="float32", **TOY_OOBLECK_TRAINING),
+    "mel": dict(config=TOY_MEL, clips=6000, crop_seconds=2.048, steps=1000, batch_size=32, learning_rate=1e-2, beta1=0.9,
+                kl_weight=1e-3, dtype="bfloat16"),
+    "oobleck": dict(config=TOY_OOBLECK, clips=512, dtype="float32", **TOY_OOBLECK_TRAINING),
 }
 
 
@@ -262,7 +262,7 @@ def train(args):
                 if name not in ("out", "max_minutes", "log_every", "save_every", "device")}
     codec = codec.to(device).requires_grad_(True).train()
     betas = args.beta1, args.beta2
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=args.lr, betas=betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=args.learning_rate, betas=betas, weight_decay=0.0)
     size, frame = sum(p.numel() for p in codec.parameters()) / 1e6, 1000 * codec.hop / codec.sampling_rate
     print(f"{args.codec} codec, {size:.2f} M parameters; a latent frame is {frame:.0f} ms and "
           f"{codec.latent_channels} channels")
@@ -299,12 +299,12 @@ def train(args):
         log({"step": 0})                            # before any training
     while step < args.steps and not late:
         for group in optimizer.param_groups:
-            group["lr"] = cosine_decay(step, args.lr, args.warmup_steps, args.steps)
+            group["lr"] = cosine_decay(step, args.learning_rate, args.warmup_steps, args.steps)
         batch = draw_batch(examples, args.batch_size, length, unit, args.seed, "batch", step).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss, parts = loss_and_parts(codec, batch, generator(args.seed, "noise", step), weights)
         if not math.isfinite(loss.item()):
-            raise UserError(f"step {step}: the loss is {loss.item()}; lower --lr or try --precision float32")
+            raise UserError(f"step {step}: the loss is {loss.item()}; lower --learning_rate or try --dtype float32")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), args.max_grad_norm)
@@ -371,7 +371,7 @@ def flags():
                        help="stop after these minutes of this command, saved; the same command goes on; "
                             "default 60")
     group.add_argument("--batch_size", type=int, help="crops per step; default 32 (mel), 4 (oobleck)")
-    group.add_argument("--lr", type=float,
+    group.add_argument("--learning_rate", type=float,
                        help="peak learning rate of AdamW; default 1e-2 (mel: its raw weights have unit "
                             "variance), 3e-3 (oobleck)")
     group.add_argument("--beta1", type=float, help="of AdamW; default 0.9 (mel), 0.8 (oobleck)")
@@ -383,7 +383,7 @@ def flags():
                        help="weight of the KL term; default 1e-3 (mel), 1e-4 (oobleck)")
     group.add_argument("--waveform_weight", type=float, default=LOSS_WEIGHTS["waveform"],
                        help="weight of the waveform L1 (oobleck); default 1.0")
-    group.add_argument("--precision", choices=("float32", "bfloat16"),
+    group.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="bfloat16 is autocast; default bfloat16 (mel), float32 (oobleck)")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, default=Path("runs/vae"),
@@ -414,7 +414,7 @@ def fill_defaults(args):
     for name in ("steps", "clips", "batch_size", "validation_clips", "log_every", "save_every",
                  "warmup_steps"):
         in_range(f"--{name}", getattr(args, name), 1, 1e9)
-    for name in ("lr", "max_grad_norm"):
+    for name in ("learning_rate", "max_grad_norm"):
         in_range(f"--{name}", getattr(args, name), 1e-9, 1e6)
     for name in ("crop_seconds", "seconds"):
         in_range(f"--{name}", getattr(args, name), 0.1, 600)    # below a tenth the mel front end has no frame

@@ -250,6 +250,50 @@ def test_unknown_words_in_order_and_once(encoder):
     assert encoder.unknown_words("") == []
 
 
+def test_a_new_text_encoder_tells_word_order_apart():
+    """The flow has no positions of text: "wind then rain" and "rain then wind" must differ as SETS of vectors."""
+    from text import look_both_ways
+    encoder = make_text_encoder(WORDS, width=64, layers=2, heads=4, d_ff=64, seed=3).eval()
+
+    def apart():
+        ids, mask = encoder.tokenize(["wind then rain", "rain then wind"])
+        first, second = encoder.encode(ids, mask)
+        return ((first[0] - second[2]).norm() / first[0].norm()).item()     # "wind", said first or last
+    biases = encoder.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    started = apart()
+    with torch.no_grad():
+        biases.zero_()
+    assert apart() < 1e-5 and started > 0.1
+    look_both_ways(encoder.t5.encoder.block[0].layer[0].SelfAttention)
+    assert apart() == pytest.approx(started, rel=1e-3)
+    assert biases[3].tolist() == [-1.5, -5, -5, -5]                         # 3 tokens back: slope 0.5, other side, slope 2
+    assert biases[16 + 2].tolist() == [-5, -1, -5, -4]                      # 2 tokens ahead
+
+
+def test_reading_targets_say_place_and_count():
+    from text import PLACES, reading_targets
+    from world import Scene, SceneEvent
+    events = ["rain", "beep", "violin"]
+    scenes = [Scene(0, "", "then", [SceneEvent("violin", 0, 1), SceneEvent("beep", 1, 2, count=3)], 2.0),
+              Scene(1, "", "and", [SceneEvent("violin", 0, 2), SceneEvent("rain", 0, 2)], 2.0),
+              Scene(2, "", "single", [SceneEvent("rain", 0, 2)], 2.0)]
+    targets = reading_targets(scenes, events, ["beep"], {2: "two", 3: "three"})
+    names = [f"{place} {event}" for place in PLACES for event in events] + ["2 beep", "3 beep"]
+    said = [{names[i] for i in row.nonzero()[:, 0].tolist()} for row in targets]
+    assert said == [{"first violin", "second beep", "3 beep"}, {"together violin", "together rain"}, {"first rain"}]
+
+
+def test_an_encoder_learns_to_read():
+    from text import learn_to_read
+    from world import known_words
+    encoder = make_text_encoder(known_words(), width=64, layers=1, heads=4, d_ff=64, seed=0)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    state = torch.get_rng_state()
+    assert learn_to_read(encoder, steps=2) < 0.05 < learn_to_read(encoder, steps=400)
+    assert torch.equal(state, torch.get_rng_state()) and not encoder.training
+    assert any(not torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+
+
 def test_text_encoder_keeps_gradients_only_in_train_mode(encoder):
     ids, mask = encoder.tokenize(["rain"])
     assert not encoder.encode(ids, mask).requires_grad

@@ -242,7 +242,7 @@ def test_validation_never_shifts_training_and_run_is_a_model_folder(tiny, tmp_pa
              if torch.equal(p, often["weights"][name])]
     assert not still, still                     # the loop trains all of the flow and of the text encoder
     rows = read_jsonl(tmp_path / "often" / "log.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows] == list(range(13))       # 0: before training
     assert all(math.isfinite(row["val_loss"]) for row in rows)
     assert all(len(row["val_bins_ema"]) == train_fm.VAL_BINS for row in rows)
     last = read_jsonl(tmp_path / "seldom" / "log.jsonl")[-1]
@@ -259,7 +259,7 @@ def test_killed_run_ends_with_the_same_bits(tiny, tmp_path):
     arguments = flags(tiny, tmp_path / "killed", "--steps", "40", "--save_every", "3")
     process = subprocess.Popen([sys.executable, ROOT / "train_fm.py", *arguments], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log, wanted = tmp_path / "killed" / "log.jsonl", random.randint(4, 20)
+    log, wanted = tmp_path / "killed" / "log.jsonl", random.randint(5, 20)
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < wanted):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -271,7 +271,7 @@ def test_killed_run_ends_with_the_same_bits(tiny, tmp_path):
     for name in ("exp_avg", "exp_avg_sq"):
         ours, theirs = resumed["optimizer"]["state"], whole["optimizer"]["state"]
         assert all(torch.equal(ours[key][name], theirs[key][name]) for key in ours)
-    assert [row["step"] for row in read_jsonl(log)] == list(range(1, 41))
+    assert [row["step"] for row in read_jsonl(log)] == list(range(41))
     assert same(*(load_tensors(tmp_path / run / "tangoflux.safetensors") for run in ("killed", "whole")))
 
 
@@ -296,6 +296,8 @@ def test_wrong_input_is_one_line(tiny, tmp_path, monkeypatch):
         run(tiny, tmp_path / "r", "--steps", "1", "--learning_rate", "2e-3")
     with pytest.raises(UserError, match="stale: seed 0 there, 5 now"):
         run(tiny, tmp_path / "r", "--world_seed", "5")
+    with pytest.raises(UserError, match="--codec and --preset would have no effect"):
+        run(tiny, tmp_path / "r", "--codec", "runs/vae", "--preset", "toy")
     with pytest.raises(UserError, match="no state.pt"):
         run(tiny, tiny / "model")
     (tmp_path / "r" / "state.pt").write_bytes(b"PK torn")
@@ -304,7 +306,8 @@ def test_wrong_input_is_one_line(tiny, tmp_path, monkeypatch):
     for bad in (["--steps", "0"], ["--learning_rate", "nan"], ["--dropout", "1.5"], ["--batch_size", "-3"]):
         with pytest.raises(UserError, match=bad[0]):
             train_fm.parse_args(bad)
-    monkeypatch.setattr(train_fm, "batch_loss", lambda flow, *_: (flow.fc[0].weight.sum() * math.nan, None))
+    monkeypatch.setattr(train_fm, "batch_loss", lambda flow, encoder, batch, *_: (
+        flow.fc[0].weight.sum() * math.nan, torch.full((len(batch.t),), math.nan)))
     with pytest.raises(UserError, match="step 0: the loss is nan"):
         run(tiny, tmp_path / "nan")
 
@@ -321,13 +324,30 @@ def test_new_flow_and_manifest(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(model.PRESETS, "toy", {**model.PRESETS["toy"], **TINY})
     train_fm.train(train_fm.parse_args([
         "--codec", str(tiny / "model"), "--data", str(tmp_path / "m.jsonl"), "--cache", str(tmp_path / "c"),
-        "--out", str(tmp_path / "r"), "--steps", "2", "--batch_size", "2", "--device", "cpu"]))
+        "--out", str(tmp_path / "r"), "--steps", "2", "--batch_size", "2", "--device", "cpu",
+        "--reading_steps", "2"]))
     trained = model.load_model(tmp_path / "r")
     assert trained.flow.config["in_channels"] == 4 and trained.flow.config["audio_seq_len"] == 64
     state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
     settings = json.loads(state["settings"])
     assert settings["training clips"] == 4 and not settings["text frozen"]
     assert any(name.startswith("text_encoder.") for name in state["weights"])
+
+
+def test_a_new_encoder_reads_first_stays_as_it_read_and_is_found_by_a_resume(tiny, tmp_path, monkeypatch):
+    import model
+    monkeypatch.setitem(model.PRESETS, "toy", {**model.PRESETS["toy"], **TINY})
+    arguments = ["--codec", str(tiny / "model"), "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r"),
+                 "--scenes", "5", "--val_scenes", "2", "--workers", "0", "--steps", "6", "--batch_size", "2",
+                 "--device", "cpu", "--reading_steps", "3"]
+    train_fm.train(train_fm.parse_args([*arguments, "--max_minutes", "0"]))
+    read = load_tensors(tmp_path / "r" / "text_encoder" / "model.safetensors")
+    monkeypatch.setattr("text.learn_to_read", lambda *_, **__: pytest.fail("it learns to read once more"))
+    train_fm.train(train_fm.parse_args(arguments))
+    assert same(read, load_tensors(tmp_path / "r" / "text_encoder" / "model.safetensors"))
+    assert torch.load(tmp_path / "r" / "state.pt", weights_only=True)["step"] == 6
+    with pytest.raises(UserError, match="reading_steps = 3, now it is 0"):
+        train_fm.train(train_fm.parse_args([*arguments[:-1], "0"]))
 
 
 @pytest.mark.skipif("SLOW_TESTS" not in os.environ, reason="two more processes; set SLOW_TESTS=1")

@@ -328,7 +328,7 @@ def test_validation_draws_the_same_noise_each_time():
 @pytest.mark.parametrize("extra, message", [
     (["--config", '{"colour": 1}'], "does not describe"),
     (["--config", "nonsense"], "--config"),
-    (["--lr", "nan"], "--lr"),
+    (["--learning_rate", "nan"], "--learning_rate"),
     (["--overfit", "0"], "--overfit"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl is missing"),
     (["--checkpoint", "nowhere"], "missing"),
