@@ -28,7 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as functional
 from tqdm import tqdm
 
-from common import UserError, choose_device, in_range, load_exactly, load_tensors, run_main, save_tensors
+from common import (UserError, choose_device, in_range, load_exactly, load_tensors, parse_arguments, run_main,
+                    save_tensors)
 from vocoder import MEL_16K, LogMel
 
 MEL_PER_FRAME = 4                       # mel frames per tagger frame
@@ -288,7 +289,7 @@ def main():
                         help="whose recorded clips (default: %(default)s)")
     scenes.add_argument("--scenes", type=int, default=500, help="so many clean and degraded (default: %(default)s)")
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     in_range("--scenes", args.scenes, 1, 10 ** 6)
     report(args)
 

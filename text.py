@@ -6,7 +6,7 @@
 
 Importing transformers takes longer than importing torch, so it happens inside the functions that need it.
 
-Letters: B batch, S text tokens, T width of the text encoder.
+Letters: B batch, S text tokens, T width of the text encoder; K events of the world, Q countable ones.
 """
 import re
 import string
@@ -215,7 +215,7 @@ def make_tokenizer(words):
 def make_text_encoder(words, width=128, layers=2, heads=4, d_ff=256, seed=0):
     """A small T5 encoder (gated GELU, as FLAN-T5) with random weights and a tokenizer that knows `words`.
 
-    No dropout: it is trained with the flow, and dropout would draw from the global random stream.
+    No dropout: it would draw from the global random stream.
     """
     from transformers.models.t5.configuration_t5 import T5Config
     from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -251,8 +251,8 @@ PLACES = ("first", "second", "third", "together")
 
 
 def reading_targets(scenes, event_names, countable, numbers):
-    """What the captions of world.Scenes say, (B, 4 K + 3 Q) of 0 and 1: event k is first, second, third in order or
-    one of several together; countable event q is asked for so often.
+    """What the captions of world.Scenes say, as 0 and 1 (B, 4 K + 3 Q): event k is first, second, third in order or
+    one of several together; countable event q is asked for two, three or four times (the keys of `numbers`).
     """
     columns = {(place, name): i for i, (place, name) in enumerate((p, n) for p in PLACES for n in event_names)}
     columns |= {(count, name): len(columns) + i for i, (count, name) in enumerate(
@@ -289,21 +289,22 @@ def learn_to_read(encoder, steps=2000, batch_size=64, learning_rate=2e-3, seed=0
     nn.init.constant_(head.bias, -4.0)                       # most things are not said
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=learning_rate, betas=(0.9, 0.98))
     encoder.train().t5.eval()                                # gradients, no dropout
-    right = []
-    for step in tqdm(range(steps), desc="learning to read", unit="step"):
+    accuracy = []
+    for step in tqdm(range(steps), desc="learning to read", unit="step", disable=None):
         scenes = [world.scene(step * batch_size + i) for i in range(batch_size)]
         ids, mask = encoder.tokenize([scene.prompt for scene in scenes])                        # (B, S)
         hidden, mask = encoder.encode(ids, mask), mask.to(device)[..., None]                    # (B, S, T), (B, S, 1)
-        said = head((hidden * mask).sum(1) / mask.sum(1))                                       # (B, 4 K + 3 Q)
+        logits = head((hidden * mask).sum(1) / mask.sum(1))                                     # (B, 4 K + 3 Q)
         targets = reading_targets(scenes, *names).to(device)
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:                 # warm-up, constant to the half, then linear to 0
             group["lr"] = learning_rate * min(1, (step + 1) / 50, 2 * (1 - step / steps))
         optimizer.zero_grad()
-        nn.functional.binary_cross_entropy_with_logits(said, targets, reduction="none").sum(1).mean().backward()
+        nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean().backward()
         optimizer.step()
-        right.append(((said > 0) == targets.bool()).all(1).float().mean().item())
+        accuracy.append(((logits > 0) == targets.bool()).all(1).float().mean().item())
+    optimizer.zero_grad()                                    # a frozen encoder holds no gradients
     encoder.eval()
-    last = right[-max(1, steps // 10):]
+    last = accuracy[-max(1, steps // 10):]
     return sum(last) / len(last)
 
 

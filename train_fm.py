@@ -15,7 +15,9 @@ noise, its t and its dropout follow from (seed, i) alone: a killed and resumed r
 Where paper and official code differ, we do this:
   - the duration embedder is trained (the official optimizer forgets it: it gets transformer and fc only);
   - the text encoder is in eval mode, without T5's dropout (the official loop turns it on by accident), and frozen
-    as in the paper, unless --train_text; the toy's first learns to read captions (text.learn_to_read);
+    as in the paper, unless --train_text; a new one first learns to read the world's captions
+    (text.learn_to_read), and with --data, whose captions it can't read, goes on learning with the flow;
+  - t is logit-normal(0.8, 1), nearer to noise (paper: mean 0: --t_mean 0);
   - condition dropout replaces the text by T5(""), the very null that guidance uses, and keeps the duration
     (the paper has none; the official option zeroes text and duration, not the pooled text:
     --null official_zeros);
@@ -44,7 +46,8 @@ from training import (average_decay, choose_dtype, draw_log, export, linear_deca
 VAL_BINS = 5               # validation loss is also logged per fifth of t
 # flags that decide what the weights become: a run is resumed only if they are the same
 DECISIVE = ("checkpoint", "preset", "text_encoder", "train_text", "reading_steps", "max_text_length", "seed",
-            "batch_size", "learning_rate", "beta1", "beta2", "weight_decay", "clip", "ema", "dtype", "dropout", "null", "t_mean", "t_std", "t_grid")
+            "batch_size", "learning_rate", "beta1", "beta2", "weight_decay", "clip", "ema", "dtype", "dropout", "null",
+            "t_mean", "t_std", "t_grid")
 RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
           ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10),
           ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20), ("t_std", 1e-6, 20),
@@ -167,7 +170,8 @@ def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_s
 
 
 def validation_batches(data, codec, count, size=64):
-    """The fixed grid: the first `count` rows, fixed noise, t at quantiles of the logit-normal, no dropout.
+    """The fixed grid: the first `count` rows, fixed noise, no dropout, t at quantiles of
+    logit-normal(0, 1) whatever --t_mean is, so that runs compare.
 
     Its generators are its own: validating draws nothing that training would.
     """
@@ -221,7 +225,7 @@ def load_parts(args, device, say=print):
     with torch.random.fork_rng(devices=[]):     # initialisation is the one place with the global generator
         torch.manual_seed(derive_seed(args.seed, "flow"))
         flow = TangoFlux(config)
-    frozen = not args.train_text and not (args.data and not args.text_encoder)  # it read captions of the world only
+    frozen = not args.train_text and bool(args.text_encoder or not args.data)   # a new one read the world's captions
     return flow.to(device), codec, encoder.to(device), frozen
 
 
@@ -229,10 +233,16 @@ def new_encoder(args, width, device, say):
     """A small text encoder that has learned to read; it is in --out at once, and a run that goes on finds it there."""
     from text import TextEncoder, learn_to_read, make_text_encoder
     from world import known_words
-    made, folder = {"seed": args.seed, "reading_steps": args.reading_steps}, Path(args.out) / "text_encoder"
-    note = Path(args.out) / "reading.json"
-    if note.is_file() and read_json(note) == made:
-        return TextEncoder.load(folder)
+    made, out = {"seed": args.seed, "reading_steps": args.reading_steps}, Path(args.out)
+    folder, note = out / "text_encoder", out / "reading.json"
+    found = read_json(note) if note.is_file() else None
+    if found == made:
+        encoder = TextEncoder.load(folder)
+        if encoder.width == width:
+            return encoder
+    if (out / "state.pt").exists() or (out / "tangoflux.safetensors").exists():     # never touch another run's
+        raise UserError(f"{out} holds a model whose text encoder is another one ({found or 'not made here'}; now "
+                        f"{made}); give the same flags to go on, or another --out")
     encoder = make_text_encoder(known_words(), width, seed=args.seed).to(device)
     if args.reading_steps:
         share = learn_to_read(encoder, args.reading_steps, seed=args.seed)
@@ -242,10 +252,10 @@ def new_encoder(args, width, device, say):
     return encoder
 
 
-def load_data(args, codec, encoder, frozen, max_duration):
+def load_data(args, codec, encoder, cached_text, max_duration):
     """(training Data, validation Data): latent caches of the world or a manifest, built where missing."""
     samples = round(max_duration * codec.sampling_rate)
-    ready = functools.partial(prepare, encoder=encoder, max_length=args.max_text_length, frozen=frozen)
+    ready = functools.partial(prepare, encoder=encoder, max_length=args.max_text_length, frozen=cached_text)
     folder = Path(args.cache) if args.cache else default_folder(args.data)
     if not args.data:
         rest = dict(samples=samples, workers=args.workers)
@@ -271,11 +281,11 @@ def train(args):
     say, out, began = print if rank == 0 else lambda *_: None, Path(args.out), time.monotonic()
     autocast = choose_dtype(args.dtype, device, say)
     check_writable([out / "state.pt"])
-    flow, codec, encoder, frozen = load_parts(args, device, say)
     if rank > 0:
-        wait_for_ranks(ranks)                   # the first process builds the caches, the others open them
-    kept = frozen and bool(args.checkpoint or args.text_encoder)    # a new encoder is small: its text stays live
-    data, held = load_data(args, codec, encoder, kept, flow.config["max_duration"])
+        wait_for_ranks(ranks)                   # the first process makes text encoder and caches, the others open them
+    flow, codec, encoder, frozen = load_parts(args, device, say)
+    cached_text = frozen and bool(args.checkpoint or args.text_encoder)     # a cache holds one encoder's, no new one's
+    data, held = load_data(args, codec, encoder, cached_text, flow.config["max_duration"])
     if rank == 0:
         wait_for_ranks(ranks)
     flow.train()
@@ -379,7 +389,7 @@ def parse_args(arguments=None):
                        help="size of a new flow (default: toy; paper: tangoflux, 6 + 18 blocks, 1024 wide)")
     group.add_argument("--text_encoder", help="T5 folder or hub id for a new flow, then frozen (default: "
                                               "a small new one; paper: google/flan-t5-large)")
-    group.add_argument("--reading_steps", type=int, default=2000,
+    group.add_argument("--reading_steps", type=int,
                        help="steps in which a small new text encoder learns to read captions before the flow is "
                             "trained (default: 2000; 0: none; paper: FLAN-T5 comes trained)")
     group.add_argument("--train_text", action="store_true",
@@ -451,13 +461,16 @@ def parse_args(arguments=None):
                             "official: float32)")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parse_arguments(parser, arguments)
-    new = {"codec": "checkpoints/toy/base", "preset": "toy", "text_encoder": None}     # of a new flow alone
+    new = {"codec": "checkpoints/toy/base", "preset": "toy", "text_encoder": None, "reading_steps": 2000}
     given = [f"--{name}" for name in new if getattr(args, name) is not None]
     if args.checkpoint and given:
         raise UserError(f"{' and '.join(given)} would have no effect: --checkpoint brings codec, size and text "
                         "encoder along; leave one or the other out")
+    if args.text_encoder and args.reading_steps is not None:
+        raise UserError("--reading_steps would have no effect: --text_encoder is trained already; leave one out")
     for name, default in new.items():
-        setattr(args, name, getattr(args, name) or default)
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     args.out = args.out or ("runs/tuned" if args.checkpoint else "runs/base")
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.checkpoint else 2e-3
@@ -475,7 +488,8 @@ def main():
     pictures = ", loss.png" * draw_losses(args.out)
     which = "averaged" if args.save_weights == "ema" else "latest"
     print(f"wrote {args.out}: tangoflux.safetensors ({which} weights), "
-          f"vae.safetensors, text_encoder/, config.json, ema.safetensors, state.pt, log.jsonl{pictures}")
+          f"vae.safetensors, text_encoder/, config.json, ema.safetensors, state.pt, log.jsonl"
+          f"{', reading.json' * (Path(args.out) / 'reading.json').is_file()}{pictures}")
     if step < steps:
         print(f"stopped at step {step} of {steps}: the same command goes on")
     print(f'next: python sample.py --checkpoint {args.out} --prompt "rain followed by a violin"')

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as functional
 from tqdm import tqdm
 
-from common import UserError, append_jsonl, atomic_path, choose_device, derive_seed, generator, in_range, run_main
+from common import (UserError, append_jsonl, atomic_path, choose_device, derive_seed, generator, in_range,
+                    parse_arguments, run_main)
 from tagger import FILES, FRAME_SECONDS, MEL_FLOOR, MEL_PER_FRAME, Tagger, save_tagger, strike_times
 from training import choose_dtype, make_optimizer, trim_log
 from vocoder import MEL_16K, LogMel
@@ -290,7 +291,7 @@ def parse_args():
     flag(group, "--batch_size", 32, "scenes per step")
     flag(group, "--learning_rate", 3e-3, "peak of AdamW's rate; warm-up, then cosine to zero")
     flag(group, "--weight_decay", 0.05, "of AdamW")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     limits = {"scenes": (1, 1e6), "val_scenes": (1, 1e6), "workers": (1, 256), "layers": (1, 48), "steps": (1, 1e7),
               "batch_size": (2, 4096), "learning_rate": (1e-8, 1), "weight_decay": (0, 1), "degraded": (0, 1),
               "semitones": (0, 12), "max_minutes": (0, 1e6), "width": (12, 1536)}

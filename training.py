@@ -3,7 +3,7 @@
 A run's folder is a model folder plus `state.pt` (all that a resume needs, one atomic file, read with
 weights_only), `log.jsonl` and, where weights are averaged, `ema.safetensors` (the average of every trained
 tensor). Everything beside state.pt can be written again from it, and is when a run resumes: a kill between
-two files can't mix steps.
+two files can't mix steps. `reading.json` says how a new, frozen text encoder was made (train_fm.new_encoder).
 """
 import contextlib
 import json

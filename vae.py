@@ -45,8 +45,8 @@ TOY_MEL = dict(data_dim=80, embed_dim=48, hidden_dim=192, ch_mult=[1], num_res_b
 
 # What differs between the codecs where a flag is not given.
 DEFAULTS = {
-    "mel": dict(config=TOY_MEL, clips=6000, crop_seconds=2.048, steps=1000, batch_size=32, learning_rate=1e-2, beta1=0.9,
-                kl_weight=1e-3, dtype="bfloat16"),
+    "mel": dict(config=TOY_MEL, clips=6000, crop_seconds=2.048, steps=1000, batch_size=32, learning_rate=1e-2,
+                beta1=0.9, kl_weight=1e-3, dtype="bfloat16"),
     "oobleck": dict(config=TOY_OOBLECK, clips=512, dtype="float32", **TOY_OOBLECK_TRAINING),
 }
 

@@ -266,7 +266,7 @@ def test_a_new_text_encoder_tells_word_order_apart():
     assert apart() < 1e-5 and started > 0.1
     look_both_ways(encoder.t5.encoder.block[0].layer[0].SelfAttention)
     assert apart() == pytest.approx(started, rel=1e-3)
-    assert biases[3].tolist() == [-1.5, -5, -5, -5]                         # 3 tokens back: slope 0.5, other side, slope 2
+    assert biases[3].tolist() == [-1.5, -5, -5, -5]                         # 3 tokens back
     assert biases[16 + 2].tolist() == [-5, -1, -5, -4]                      # 2 tokens ahead
 
 
@@ -289,9 +289,11 @@ def test_an_encoder_learns_to_read():
     encoder = make_text_encoder(known_words(), width=64, layers=1, heads=4, d_ff=64, seed=0)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     state = torch.get_rng_state()
-    assert learn_to_read(encoder, steps=2) < 0.05 < learn_to_read(encoder, steps=400)
+    assert learn_to_read(encoder, steps=2) < 0.05
+    assert learn_to_read(encoder, steps=600) > 0.6           # about half of the captions need no word order
     assert torch.equal(state, torch.get_rng_state()) and not encoder.training
-    assert any(not torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    assert not [name for name, tensor in encoder.state_dict().items() if torch.equal(before[name], tensor)]
+    assert all(p.grad is None for p in encoder.parameters())
 
 
 def test_text_encoder_keeps_gradients_only_in_train_mode(encoder):
