@@ -106,8 +106,10 @@ def atomic_path(path):
 def check_writable(paths):
     """Raise UserError if a file cannot be written: known before the minutes of work, not after."""
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UserError(f"cannot write {path}: it is a folder; choose another output")
+        if len(os.fsencode(path.name)) > 200:       # file systems end at 255, and temporary names are longer
+            raise UserError(f"cannot write {path.name[:40]}...: its name is too long; choose a shorter output")
     for folder in {Path(path).parent for path in paths}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,8 @@ def manifest_rows(args):
 def read_table(path):
     """The rows of a .jsonl, .json (a list, or TangoFlux's object per line) or .csv file as dicts, row 1 first."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"manifest {path} is missing")
+    if not os.path.isfile(path):            # False, too, for a name that no file can have
+        raise UserError(f"manifest {path} is missing; pass the path of a .jsonl, .json or .csv file")
     if path.suffix.lower() not in (".jsonl", ".json", ".csv"):
         raise UserError(f"manifest {path} must end in .jsonl, .json or .csv")
     try:

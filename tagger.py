@@ -291,6 +291,7 @@ def main():
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
     args = parse_arguments(parser)
     in_range("--scenes", args.scenes, 1, 10 ** 6)
+    in_range("--seed", args.seed, 0, 2 ** 62)
     report(args)
 
 

@@ -281,6 +281,9 @@ def train(args):
     say, out, began = print if rank == 0 else lambda *_: None, Path(args.out), time.monotonic()
     autocast = choose_dtype(args.dtype, device, say)
     check_writable([out / "state.pt"])
+    if args.data:
+        from data import manifest_rows
+        manifest_rows(args)                     # a faulty manifest is told now, not after a minute of reading
     if rank > 0:
         wait_for_ranks(ranks)                   # the first process makes text encoder and caches, the others open them
     flow, codec, encoder, frozen = load_parts(args, device, say)

@@ -294,7 +294,7 @@ def parse_args():
     args = parse_arguments(parser)
     limits = {"scenes": (1, 1e6), "val_scenes": (1, 1e6), "workers": (1, 256), "layers": (1, 48), "steps": (1, 1e7),
               "batch_size": (2, 4096), "learning_rate": (1e-8, 1), "weight_decay": (0, 1), "degraded": (0, 1),
-              "semitones": (0, 12), "max_minutes": (0, 1e6), "width": (12, 1536)}
+              "semitones": (0, 12), "max_minutes": (0, 1e6), "seed": (0, 2 ** 62), "width": (12, 1536)}
     for name, (low, high) in limits.items():
         if getattr(args, name) is not None:
             in_range(f"--{name}", getattr(args, name), low, high)
