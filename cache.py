@@ -35,7 +35,7 @@ from common import (UserError, append_jsonl, atomic_path, choose_device, file_ha
                     read_json, read_jsonl, run_main, warn, write_json)
 
 FORMAT = 1                                  # raise it when the layout of the folder changes: older ones are refused
-TRAIN_SCENES, VAL_SCENES = 40000, 512       # scenes of the built-in world
+TRAIN_SCENES, VAL_SCENES = 100000, 512      # scenes of the built-in world
 
 
 class Cache(NamedTuple):
@@ -348,7 +348,7 @@ def gather(data, chosen):
 
 def parse_args():
     """The flags of this script, their ranges checked."""
-    from data import add_data_flags
+    from data import add_data_flags, check_data_flags
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_flags(parser)
     group = parser.add_argument_group("what to encode")
@@ -367,8 +367,8 @@ def parse_args():
                        help="text tokens kept (default: 64, as the official training)")
     group = parser.add_argument_group("where and how")
     group.add_argument("--cache",
-                       help="folder (default: cache/world_train and cache/world_val, or cache/ and the manifest's "
-                            "name); of the world, the validation scenes go to this name and _val")
+                       help="folder (default: cache/world_train and cache/world_val, or cache/FOLDER_NAME of the "
+                            "manifest); of the world, the validation scenes go to this name and _val")
     group.add_argument("--rebuild", action="store_true", help="delete what is there first (default: off)")
     group.add_argument("--workers", type=int, default=2,
                        help="processes that render, or threads that read (default: 2)")
@@ -377,12 +377,13 @@ def parse_args():
     for name, low, high in (("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("max_duration", 0.1, 600),
                             ("max_text_length", 2, 100000), ("workers", 0, 256)):
         in_range(f"--{name}", getattr(args, name), low, high)
+    check_data_flags(args)
     return args
 
 
 def default_folder(data, name="train"):
-    """Where a cache lies unless told otherwise: by the manifest's name, or the world's split."""
-    return Path("cache") / (Path(data).stem if data else f"world_{name}")
+    """Where a cache lies unless told otherwise: by the manifest's folder and name, or the world's split."""
+    return Path("cache") / (f"{Path(data).resolve().parent.name}_{Path(data).stem}" if data else f"world_{name}")
 
 
 def discard(folder):

@@ -52,6 +52,14 @@ def add_data_flags(parser):
                             "the official code: start)")
 
 
+def check_data_flags(args):
+    """Raise UserError for a flag that describes a manifest where none is given."""
+    given = [name for name in ("audio_dir", "audio_key", "caption_key", "duration_key", "score_key")
+             if getattr(args, name) is not None]
+    if given and not args.data:
+        raise UserError(f"--{given[0]} would have no effect without --data; give the manifest, or leave it out")
+
+
 def manifest_rows(args):
     """The usable rows of the manifest that `add_data_flags` asked for."""
     return usable_rows(read_manifest(args.data, args.caption_key, args.audio_key, args.duration_key,
@@ -76,7 +84,7 @@ def read_table(path):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"manifest {path} is not readable: {error}") from None
     if not rows:
-        raise UserError(f"manifest {path} holds no rows")
+        raise UserError(f"manifest {path} holds no rows; write one JSON object, or CSV line, per clip")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"manifest {path} row {number} is not an object with an audio path and a caption")
@@ -273,6 +281,7 @@ def parse_args():
     in_range("--degraded", args.degraded, 0, 1)
     in_range("--sampling_rate", args.sampling_rate, 1000, 384000)
     in_range("--max_duration", args.max_duration, 0.1, 600)
+    check_data_flags(args)
     return args
 
 

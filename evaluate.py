@@ -1,10 +1,11 @@
-"""What the bundled model can do, in tables: scenes, gate, codec, duration, steps.
+"""What the bundled model can do, in tables: scenes, gate, codec, duration, steps, text.
 
     python evaluate.py scenes      # unseen pairs of events: F1, order, exact scenes, real beside generated
     python evaluate.py gate        # is there room left for alignment? base against real and best of 8
     python evaluate.py codec       # what VAE and vocoder keep: events, log-mels, degradations
     python evaluate.py duration    # asked-for against sounding length (paper A.8, Fig. 5)
     python evaluate.py steps       # solver steps, Euler against Heun (paper A.7, A.9)
+    python evaluate.py text        # what the flow reads in a prompt: its loss under wrong ones
 
 Each prints its tables and writes results/NAME.md, .json and pictures. The numbers are those of metrics.py,
 heard by the judge (tagger.py), which no training and no choice of samples has seen, and by a second tagger
@@ -26,13 +27,14 @@ from tqdm import tqdm
 import metrics
 from audio import fit_audio, resample
 from cache import module_hash, settings_key
-from common import (UserError, atomic_path, check_writable, in_range, load_tensors, parse_arguments, run_main,
-                    save_tensors, warn, write_json)
+from common import (UserError, atomic_path, check_writable, generator, in_range, load_tensors, parse_arguments,
+                    run_main, save_tensors, warn, write_json)
 from sample import (DEFAULT_CHECKPOINT, DEFAULT_PROMPT, EVALUATIONS, HERE, SOLVERS, add_model_flags, add_sampling_flags,
                     check_sampling_flags, decode, default_duration, generate, load_for_sampling)
 from tagger import FILES, hear, load_tagger
 from vocoder import MEL_16K, LogMel, griffin_lim, log_mel_error
-from world import CLIP_SAMPLES, DEGRADATIONS, EVENT_NAMES, SAMPLE_RATE, Scene, SceneEvent, World, degrade
+from world import (CLIP_SAMPLES, DEGRADATIONS, EVENT_NAMES, EVENTS, NUMBERS, SAMPLE_RATE, Scene, SceneEvent, World,
+                   degrade)
 
 BLOCK = 64  # clips per saved file
 SILENCE_DB = -40.0  # duration: a frame is silent this far below the loudest frame
@@ -381,13 +383,64 @@ def steps(args, model, heads):
     picture(args, draw)
 
 
+# ----------------------------------------------------------------------------- text
+
+def exchanged(scene):
+    """The prompt of a scene of two sounds with the two exchanged: "wind, then two beeps" -> "two beeps, then wind"."""
+    spans = []
+    for truth in scene.events:
+        event = EVENTS[truth.name]
+        known = [*event.phrases, *(f"{number} {event.counted}" for number in NUMBERS.values() if event.countable)]
+        said = max((phrase for phrase in known if phrase in scene.prompt), key=len)
+        spans.append((scene.prompt.index(said), said))
+    (start, first), (later, second) = sorted(spans)
+    middle = scene.prompt[start + len(first):later]
+    return scene.prompt[:start] + second + middle + first + scene.prompt[later + len(second):]
+
+
+@torch.inference_mode()
+def text(args, model, heads):
+    """How much the flow's loss rises when the prompt is wrong, by t: what it reads, long before it can be heard."""
+    from model import encode_prompts
+    from train_fm import flow_matching_loss, interpolate
+    clips, truths = render(World("val", pairs="all", relations=(0, 0, 1, 0), duration=4.0), range(args.prompts))
+    device = next(model.flow.parameters()).device
+    wide = resample(clips, SAMPLE_RATE, model.codec.sampling_rate)[:, None].expand(-1, model.codec.audio_channels, -1)
+    prompts = [scene.prompt for scene in truths]
+    kinds = {"its own": prompts, "its two sounds exchanged": [exchanged(scene) for scene in truths],
+             "another scene's": [prompts[i] for i in metrics.derangement(len(prompts), args.seed)],
+             "empty": [""] * len(prompts)}
+    losses = {kind: np.zeros(len(args.levels)) for kind in kinds}
+    for start in tqdm(range(0, len(prompts), args.batch_size), desc="losses", leave=False):
+        rows = slice(start, start + args.batch_size)
+        x1 = model.codec.normalise(model.codec.encode(wide[rows].to(device))[0])                   # (B, L, C)
+        x0 = torch.randn(x1.shape, generator=generator(args.seed, "text", start)).to(device)
+        seconds = torch.tensor([scene.duration for scene in truths[rows]])
+        for kind, said in kinds.items():
+            condition = encode_prompts(model.text, said[rows], seconds)
+            for column, level in enumerate(args.levels):
+                t = torch.full((len(x1),), level, device=device)
+                xt, target = interpolate(x1, x0, t)
+                dtype = next(model.flow.parameters()).dtype
+                velocity = model.flow.velocity(xt.to(dtype), t.to(dtype), condition)
+                losses[kind][column] += flow_matching_loss(velocity, target)[1].sum().item() / len(prompts)
+    own = losses["its own"]
+    table = [[kind, *(f"{loss:.4f}" if kind == "its own" else f"{100 * (loss / right - 1):+.1f} %"
+                      for loss, right in zip(row, own))] for kind, row in losses.items()]
+    write_report(args, "What the flow reads", [
+        f"{args.prompts} held-out scenes of two sounds in order, 4 s each. First row: the flow-matching loss at t; "
+        "below it, by how much it rises when the scene gets another prompt.",
+        markdown(["prompt", *(f"t = {level:g}" for level in args.levels)], table)],
+        {"t": args.levels, **{kind: row.tolist() for kind, row in losses.items()}})
+
+
 # ----------------------------------------------------------------------------- command line
 
 def make_parser():
     """The subcommands with their flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for run in (scenes, gate, codec, duration, steps):
+    for run in (scenes, gate, codec, duration, steps, text):
         command = commands.add_parser(run.__name__, help=run.__doc__.split("\n")[0], description=run.__doc__)
         group = command.add_argument_group("what to measure")
         if run is not duration:
@@ -408,7 +461,10 @@ def make_parser():
             group.add_argument("--grid", type=int, nargs="+", default=[5, 10, 25, 50, 100],
                                help="Euler steps; Heun takes half of the even ones (default 5 10 25 50 100; "
                                     "paper A.9: 10 to 200)")
-        add_sampling_flags(command, {codec: ["seed"], steps: ["guidance_scale", "seed"]}.get(
+        if run is text:
+            group.add_argument("--levels", type=float, nargs="+", default=[0.5, 0.7, 0.85, 0.95, 1.0],
+                               help="values of t (default 0.5 0.7 0.85 0.95 1)")
+        add_sampling_flags(command, {codec: ["seed"], text: ["seed"], steps: ["guidance_scale", "seed"]}.get(
             run, ["steps", "guidance_scale", "solver", "seed"]))
         add_model_flags(command, batch_size=32)
         group = command.add_argument_group("folders")
@@ -426,9 +482,12 @@ def main(argv=None):
     check_sampling_flags(args)
     for name in ("prompts", "seeds", "candidates", "fit_scenes", "clips"):
         if hasattr(args, name):
-            in_range(f"--{name}", getattr(args, name), 2 if name == "fit_scenes" else 1, 10 ** 6)
+            in_range(f"--{name}", getattr(args, name), 2 if name == "fit_scenes" or args.command == "text" else 1,
+                     10 ** 6)
     for count in getattr(args, "grid", []):
         in_range("--grid", count, 1, 1000)
+    for level in getattr(args, "levels", []):
+        in_range("--levels", level, 0, 1)
     for seconds in getattr(args, "durations", []):
         in_range("--durations", seconds, 1, 4)
     check_writable([Path(args.out) / f"{args.command}.md", Path(args.cache) / "latents"])

@@ -209,6 +209,8 @@ def read_prompts(path):
                                 '{"prompt_id": 7, "prompt": "...", "duration": 3.0}')
             if not isinstance(row.get("duration"), (int, float, type(None))):
                 raise UserError(f'{path} row {number}: duration {row["duration"]!r} is not a number of seconds')
+            if row.get("duration") is not None:
+                check_duration(f"{path} row {number}: duration", row["duration"], math.inf)
         rows = [{"prompt": row["prompt"], "duration": row.get("duration")} for row in rows]
     else:
         try:
@@ -224,13 +226,18 @@ def read_prompts(path):
 
 
 def output_paths(output, prompts):
-    """One WAV path per sample: `output` itself if it ends in .wav (one sample only), else 0000_words.wav in it."""
+    """One WAV path per sample: `output` itself if it ends in .wav (one sample only), else 0000_words.wav in it.
+
+    The words keep letters and digits of any script. UserError for other audio formats.
+    """
     output = Path(output)
     if output.suffix.lower() == ".wav":
         if len(prompts) > 1:
             raise UserError(f"--output {output} is one file, but {len(prompts)} samples are asked for; give a folder")
         return [output]
-    slugs = [re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt" for prompt in prompts]
+    if output.suffix.lower() in (".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff"):
+        raise UserError(f"--output {output}: only WAV files are written; name a .wav file or a folder")
+    slugs = [re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "prompt" for prompt in prompts]
     return [output / f"{index:04d}_{slug}.wav" for index, slug in enumerate(slugs)]
 
 
@@ -306,7 +313,8 @@ def check_sampling_flags(args):
 def check_duration(name, duration, max_duration):
     """Return a duration in (0, max_duration] seconds, else raise UserError."""
     if not 0 < duration <= max_duration:
-        raise UserError(f"{name} is {duration} s, but must be above 0 and at most {max_duration:g} s for this model")
+        limit = f" and at most {max_duration:g} s for this model" if max_duration < math.inf else ""
+        raise UserError(f"{name} is {duration} s, but must be above 0{limit}")
     return float(duration)
 
 

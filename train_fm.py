@@ -16,7 +16,7 @@ Where paper and official code differ, we do this:
   - the duration embedder is trained (the official optimizer forgets it: it gets transformer and fc only);
   - the text encoder is in eval mode, without T5's dropout (the official loop turns it on by accident), and frozen
     as in the paper, unless --train_text; a new one first learns to read the world's captions
-    (text.learn_to_read), and with --data, whose captions it can't read, goes on learning with the flow;
+    (reading.py), and with --data, whose captions it can't read, goes on learning with the flow;
   - t is logit-normal(0.8, 1), nearer to noise (paper: mean 0: --t_mean 0);
   - condition dropout replaces the text by T5(""), the very null that guidance uses, and keeps the duration
     (the paper has none; the official option zeroes text and duration, not the pooled text:
@@ -38,20 +38,21 @@ import torch
 
 from cache import TRAIN_SCENES, VAL_SCENES, default_folder, gather, manifest_cache, prepare, world_cache
 from common import (UserError, append_jsonl, check_writable, derive_seed, generator, in_range, parse_arguments,
-                    read_json, run_main, warn, write_json)
+                    run_main, warn)
 from training import (average_decay, choose_dtype, draw_log, export, linear_decay, load_state, log_line,
-                      make_optimizer, mean_over_ranks, save_state, start_ranks, trainable, trim_log,
+                      make_optimizer, mean_over_ranks, save_state, set_rate, start_ranks, trainable, trim_log,
                       update_average, wait_for_ranks, weights_replaced)
 
+STEPS = 12500              # of the toy model
 VAL_BINS = 5               # validation loss is also logged per fifth of t
 # flags that decide what the weights become: a run is resumed only if they are the same
 DECISIVE = ("checkpoint", "preset", "text_encoder", "train_text", "reading_steps", "max_text_length", "seed",
-            "batch_size", "learning_rate", "beta1", "beta2", "weight_decay", "clip", "ema", "dtype", "dropout", "null",
-            "t_mean", "t_std", "t_grid")
+            "batch_size", "learning_rate", "muon", "beta1", "beta2", "weight_decay", "clip", "ema", "dtype",
+            "dropout", "null", "t_mean", "t_std", "t_grid")
 RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
           ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10),
-          ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20), ("t_std", 1e-6, 20),
-          ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 0.99),
+          ("muon", 0, 1e4), ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20),
+          ("t_std", 1e-6, 20), ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 0.99),
           ("max_minutes", 0, math.inf), ("save_every", 1, 1e9), ("log_every", 1, 1e9), ("val_every", 1, 1e9),
           ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("reading_steps", 0, 1e9), ("workers", 0, 256),
           ("seed", 0, 2 ** 63))
@@ -221,35 +222,13 @@ def load_parts(args, device, say=print):
             args.text_encoder, ["config.json", "model.safetensors", "tokenizer*.json", "spiece.model"]))
         config["joint_attention_dim"] = encoder.width
     else:
-        encoder = new_encoder(args, config["joint_attention_dim"], device, say)
+        from reading import new_encoder
+        encoder = new_encoder(args.out, config["joint_attention_dim"], args.reading_steps, args.seed, device, say)
     with torch.random.fork_rng(devices=[]):     # initialisation is the one place with the global generator
         torch.manual_seed(derive_seed(args.seed, "flow"))
         flow = TangoFlux(config)
     frozen = not args.train_text and bool(args.text_encoder or not args.data)   # a new one read the world's captions
     return flow.to(device), codec, encoder.to(device), frozen
-
-
-def new_encoder(args, width, device, say):
-    """A small text encoder that has learned to read; it is in --out at once, and a run that goes on finds it there."""
-    from text import TextEncoder, learn_to_read, make_text_encoder
-    from world import known_words
-    made, out = {"seed": args.seed, "reading_steps": args.reading_steps}, Path(args.out)
-    folder, note = out / "text_encoder", out / "reading.json"
-    found = read_json(note) if note.is_file() else None
-    if found == made:
-        encoder = TextEncoder.load(folder)
-        if encoder.width == width:
-            return encoder
-    if (out / "state.pt").exists() or (out / "tangoflux.safetensors").exists():     # never touch another run's
-        raise UserError(f"{out} holds a model whose text encoder is another one ({found or 'not made here'}; now "
-                        f"{made}); give the same flags to go on, or another --out")
-    encoder = make_text_encoder(known_words(), width, seed=args.seed).to(device)
-    if args.reading_steps:
-        share = learn_to_read(encoder, args.reading_steps, seed=args.seed)
-        say(f"text encoder: reads {100 * share:.1f} % of the world's captions without a mistake")
-    encoder.save(folder)
-    write_json(note, made)                      # last: it says that the folder is whole
-    return encoder
 
 
 def load_data(args, codec, encoder, cached_text, max_duration):
@@ -295,7 +274,7 @@ def train(args):
     encoder.train(not frozen).t5.eval()         # train() lets gradients through; T5's dropout stays off
     encoder.requires_grad_(not frozen)
     named = trainable(flow, None if frozen else encoder)
-    optimizer = make_optimizer(named, (args.beta1, args.beta2), args.weight_decay)
+    optimizer = make_optimizer(named, (args.beta1, args.beta2), args.weight_decay, args.muon)
     average = {name: parameter.detach().clone() for name, parameter in named.items()}
     steps = math.ceil(args.epochs * len(data.rows) / (args.batch_size * ranks)) if args.epochs else args.steps
     warmup = args.warmup_steps if args.warmup_steps is not None else max(1, min(300, steps // 10))
@@ -328,8 +307,7 @@ def train(args):
     losses, mark, late = [], time.monotonic(), torch.zeros(1, device=device)
     while step < steps and not late:
         rate = linear_decay(step, args.learning_rate, warmup, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, rate)
         first = (step * ranks + rank) * args.batch_size
         batch = training_batch(data, codec, args.seed, first, args.batch_size, args.dropout, args.t_mean,
                                args.t_std, args.t_grid)
@@ -380,7 +358,7 @@ def draw_losses(out):
 
 def parse_args(arguments=None):
     """All flags of this script, their ranges checked; `arguments` instead of the command line."""
-    from data import add_data_flags
+    from data import add_data_flags, check_data_flags
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     group = parser.add_argument_group("model")
@@ -394,7 +372,7 @@ def parse_args(arguments=None):
                                               "a small new one; paper: google/flan-t5-large)")
     group.add_argument("--reading_steps", type=int,
                        help="steps in which a small new text encoder learns to read captions before the flow is "
-                            "trained (default: 2000; 0: none; paper: FLAN-T5 comes trained)")
+                            "trained (default: 4000; 0: none; paper: FLAN-T5 comes trained)")
     group.add_argument("--train_text", action="store_true",
                        help="train the text encoder with the flow, too (default: off, as paper; on for a new one "
                             "with --data, whose captions it can't read)")
@@ -410,7 +388,7 @@ def parse_args(arguments=None):
     group.add_argument("--validation_fraction", type=float, default=0.05,
                        help="of a manifest's files (default: 0.05)")
     group.add_argument("--cache",
-                       help="of the latents (default: cache/world_train, or cache/ and a manifest's name)")
+                       help="of the latents (default: cache/world_train, or cache/FOLDER_NAME of a manifest)")
     group.add_argument("--workers", type=int, default=2,
                        help="processes that render, threads that read (default: 2)")
     group = parser.add_argument_group("flow matching")
@@ -427,8 +405,8 @@ def parse_args(arguments=None):
                        help="what dropped examples get: T5(\"\") as in guidance, or the official zeros "
                             "(default: empty_prompt)")
     group = parser.add_argument_group("optimizer (paper A.5)")
-    group.add_argument("--steps", type=int, default=7000,
-                       help="default: 7000; paper: 80 epochs, then 65 on AudioCaps")
+    group.add_argument("--steps", type=int,
+                       help=f"default: {STEPS}; paper: 80 epochs, then 65 on AudioCaps")
     group.add_argument("--epochs", type=float, help="instead of --steps (paper: 80, then 65 of fine-tuning)")
     group.add_argument("--batch_size", type=int, default=32,
                        help="a process (default: 32; paper: 16 on each of 5 GPUs, 80)")
@@ -436,6 +414,9 @@ def parse_args(arguments=None):
                        help="peak (default: 2e-3, with --checkpoint 1e-4; paper: 5e-4)")
     group.add_argument("--warmup_steps", type=int,
                        help="then linear decay to 0 (default: 300, at most a tenth; paper: 2000)")
+    group.add_argument("--muon", type=float,
+                       help="the blocks' attention and MLP matrices are trained by Muon at this times the learning "
+                            "rate; 0: AdamW for everything (default: 10 for a new toy flow, else 0; paper: 0)")
     group.add_argument("--beta1", type=float, default=0.9, help="of AdamW (default: 0.9; paper: 0.9)")
     group.add_argument("--beta2", type=float, default=0.95, help="of AdamW (default: 0.95; paper: 0.95)")
     group.add_argument("--weight_decay", type=float, default=1e-2,
@@ -464,7 +445,7 @@ def parse_args(arguments=None):
                             "official: float32)")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parse_arguments(parser, arguments)
-    new = {"codec": "checkpoints/toy/base", "preset": "toy", "text_encoder": None, "reading_steps": 2000}
+    new = {"codec": "checkpoints/toy/base", "preset": "toy", "text_encoder": None, "reading_steps": 4000}
     given = [f"--{name}" for name in new if getattr(args, name) is not None]
     if args.checkpoint and given:
         raise UserError(f"{' and '.join(given)} would have no effect: --checkpoint brings codec, size and text "
@@ -474,6 +455,12 @@ def parse_args(arguments=None):
     for name, default in new.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    if args.steps and args.epochs:
+        raise UserError("--steps would have no effect beside --epochs; leave one out")
+    args.steps = args.steps if args.steps is not None or args.epochs else STEPS
+    check_data_flags(args)
+    if args.muon is None:
+        args.muon = 10.0 if args.preset == "toy" and not args.checkpoint else 0.0
     args.out = args.out or ("runs/tuned" if args.checkpoint else "runs/base")
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.checkpoint else 2e-3

@@ -3,7 +3,7 @@
 A run's folder is a model folder plus `state.pt` (all that a resume needs, one atomic file, read with
 weights_only), `log.jsonl` and, where weights are averaged, `ema.safetensors` (the average of every trained
 tensor). Everything beside state.pt can be written again from it, and is when a run resumes: a kill between
-two files can't mix steps. `reading.json` says how a new, frozen text encoder was made (train_fm.new_encoder).
+two files can't mix steps. `reading.json` says how a new, frozen text encoder was made (reading.new_encoder).
 """
 import contextlib
 import json
@@ -42,14 +42,63 @@ def trainable(flow, encoder=None):
     return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
-def make_optimizer(named, betas=(0.9, 0.95), weight_decay=1e-2):
+def make_optimizer(named, betas=(0.9, 0.95), weight_decay=1e-2, muon=0.0):
     """AdamW over {name: parameter}; matrices decay, vectors (biases, gains, frequencies) don't.
 
-    Its rate is 0 until the loop sets it, which it does before each step.
+    muon > 0: the matrices that `muon_takes` go to torch.optim.Muon, which steps along the orthogonal matrix nearest
+    to the momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon), at `muon` times AdamW's rate. The rate
+    is 0 until the loop sets it by `set_rate`, which it does before each step.
     """
-    groups = [{"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
+    taken = [p for name, p in named.items() if muon and muon_takes(name, p)]
+    chosen = {id(p) for p in taken}
+    rest = [p for p in named.values() if id(p) not in chosen]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
+    if not taken:
+        return adamw
+    return Together([adamw, torch.optim.Muon([{"params": taken, "scale": muon}], lr=0.0, weight_decay=weight_decay)])
+
+
+def set_rate(optimizer, rate):
+    """Set the learning rate of the next step; a group with a "scale" gets that times `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("scale", 1.0)
+
+
+def muon_takes(name, parameter):
+    """Whether Muon trains this tensor: the attention and MLP matrices of the flow's blocks.
+
+    Not what embeds and projects at both ends, nor the adaLN linears (after 300 toy steps the validation loss was
+    0.484 with AdamW for these, 0.496 with Muon, and 0.543 with AdamW for everything).
+    """
+    return parameter.ndim == 2 and "transformer_blocks." in name and ".norm" not in name
+
+
+class Together:
+    """Optimizers that step as one; its state is the list of theirs."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 def average_decay(step, decay):

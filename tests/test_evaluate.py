@@ -1,6 +1,7 @@
 """Metrics on readings made by hand, and each table of evaluate.py at a very small size."""
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -169,7 +170,8 @@ SMALL = {"scenes": ["--prompts", "3", "--seeds", "2", "--steps", "1"],
          "gate": ["--prompts", "2", "--candidates", "2", "--steps", "1"],
          "codec": ["--prompts", "3", "--fit_scenes", "8"],
          "duration": ["--clips", "2", "--durations", "1", "2", "--steps", "1"],
-         "steps": ["--prompts", "2", "--grid", "1", "2"]}
+         "steps": ["--prompts", "2", "--grid", "1", "2"],
+         "text": ["--prompts", "3", "--levels", "0.5", "1", "--batch_size", "2"]}
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +203,25 @@ def test_each_table(folder, tmp_path, monkeypatch, capsys, command):
         monkeypatch.setattr(evaluate, "generate", generate)
         run(folder, tmp_path, command)
         assert (tmp_path / "results" / f"{command}.md").read_text() == report
+
+
+def test_exchanged_sounds():
+    beeps, wind = SceneEvent("beep", 0, 1, count=2), SceneEvent("wind", 1, 2)
+    asked = Scene(0, "first two beeps, then howling wind", "then", [beeps, wind], 2.0)
+    assert evaluate.exchanged(asked) == "first howling wind, then two beeps"
+    world = World("val", pairs="all", relations=(0, 0, 1, 0), duration=4.0)
+    for truth in map(world.scene, range(100)):
+        other = evaluate.exchanged(truth)
+        assert other != truth.prompt and evaluate.exchanged(replace(truth, prompt=other)) == truth.prompt
+
+
+def test_text_table_compares_prompts(folder, tmp_path):
+    run(folder, tmp_path, "text")
+    numbers = json.loads((tmp_path / "results" / "text.json").read_text())
+    assert numbers["t"] == [0.5, 1.0]
+    rows = [numbers[kind] for kind in ("its own", "its two sounds exchanged", "another scene's", "empty")]
+    assert all(0 < value < 100 for row in rows for value in row)
+    assert rows[0] != rows[3]
 
 
 def test_other_settings_are_other_latents(folder, tmp_path):

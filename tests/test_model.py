@@ -271,7 +271,7 @@ def test_a_new_text_encoder_tells_word_order_apart():
 
 
 def test_reading_targets_say_place_and_count():
-    from text import PLACES, reading_targets
+    from reading import PLACES, reading_targets
     from world import Scene, SceneEvent
     events = ["rain", "beep", "violin"]
     scenes = [Scene(0, "", "then", [SceneEvent("violin", 0, 1), SceneEvent("beep", 1, 2, count=3)], 2.0),
@@ -284,7 +284,7 @@ def test_reading_targets_say_place_and_count():
 
 
 def test_an_encoder_learns_to_read():
-    from text import learn_to_read
+    from reading import learn_to_read
     from world import known_words
     encoder = make_text_encoder(known_words())
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}

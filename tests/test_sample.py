@@ -275,7 +275,7 @@ def broken_copy(folder, target, name, size):
     (["--prompt_file", "missing.txt"], "missing.txt is missing"), (["--prompt_file", "empty.txt"], "has no prompt in it"),
     (["--prompt_file", "rows.jsonl"], 'has no "prompt"'), (["--prompt_file", "nan.jsonl"], "duration is nan"),
     (["--prompt_file", "binary.txt"], "is not readable text"),
-    (["--output", "empty.txt/inside"], "cannot write into"), (["--num_samples", "2", "--output", "one.wav"], "is one file"),
+    (["--output", "a.mp3"], "only WAV files"), (["--output", "empty.txt/inside"], "cannot write into"), (["--num_samples", "2", "--output", "one.wav"], "is one file"),
     (["--checkpoint", "nowhere"], "nowhere is missing"), (["--checkpoint", "cut"], "not a whole safetensors file"),
     (["--checkpoint", "no_config"], "config.json"), (["--device", "abacus"], "abacus"), (["--frobnicate"], "--frobnicate")])
 def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):

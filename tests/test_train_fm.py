@@ -17,8 +17,8 @@ import train_fm
 from common import UserError, generator, load_tensors, read_jsonl
 from train_fm import (Batch, batch_loss, flow_matching_loss, interpolate, logit_normal_t, on_grid,
                       text_condition)
-from training import (average_decay, linear_decay, make_optimizer, trainable, update_average,
-                      weights_replaced)
+from training import (average_decay, linear_decay, make_optimizer, muon_takes, set_rate, trainable,
+                      update_average, weights_replaced)
 
 # ----------------------------------------------------------------------------- maths
 
@@ -200,18 +200,18 @@ def test_example_depends_on_seed_and_position_only(tiny):
     assert abs(dropped.float().mean() - 0.3) < 0.07
 
 
-def test_every_trained_tensor_is_in_the_optimizer_and_moves(tiny):
+@pytest.mark.parametrize("muon", [0.0, 10.0])
+def test_every_trained_tensor_is_in_the_optimizer_and_moves(tiny, muon):
     flow, codec, encoder, data, _ = parts_and_data(tiny)
     encoder.train().t5.eval()
     named = trainable(flow, encoder)
     assert {name for name in named if not name.startswith("text_encoder.")} == set(flow.state_dict())
     assert any(name.startswith("duration_emebdder.") for name in named)
-    optimizer = make_optimizer(named, weight_decay=0.0)
+    optimizer = make_optimizer(named, weight_decay=0.0, muon=muon)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(named) == len({id(p) for p in held})
     before = {name: p.detach().clone() for name, p in named.items()}
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
+    set_rate(optimizer, 1e-3)
     batch_loss(flow, encoder, train_fm.training_batch(data, codec, 0, 0, 13))[0].backward()
     assert all(p.grad is not None for p in named.values())
     optimizer.step()
@@ -230,6 +230,24 @@ def test_frozen_text_encoder_stays_and_decay_spares_vectors(tiny, tmp_path):
     flow, _ = tiny_parts()
     for group in make_optimizer(trainable(flow), weight_decay=0.3).param_groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] == 0.3) for p in group["params"])
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_steps_orthogonally(tiny):
+    flow, encoder = tiny_parts()
+    named = trainable(flow, encoder)
+    taken = {name for name, p in named.items() if muon_takes(name, p)}
+    assert {"transformer.transformer_blocks.0.attn.to_q.weight",
+            "transformer.single_transformer_blocks.0.proj_mlp.weight"} <= taken
+    assert all(named[name].ndim == 2 and "norm" not in name and "embed" not in name for name in taken)
+    optimizer = make_optimizer(named, weight_decay=0.0, muon=10.0)
+    weight = named["transformer.transformer_blocks.0.attn.to_q.weight"]
+    before = weight.detach().clone()
+    left, _, right = torch.linalg.svd(torch.randn(weight.shape, generator=generator(0)))
+    weight.grad = left @ torch.diag(torch.linspace(1, 0.1, len(weight))) @ right
+    set_rate(optimizer, 1e-3)
+    optimizer.step()
+    spectrum = torch.linalg.svdvals((before - weight.detach()) / 1e-2)      # one size, 10 x the rate
+    assert 0.5 < spectrum.min() and spectrum.max() < 1.5, spectrum
 
 
 def test_validation_never_shifts_training_and_run_is_a_model_folder(tiny, tmp_path):
@@ -255,8 +273,8 @@ def test_validation_never_shifts_training_and_run_is_a_model_folder(tiny, tmp_pa
 
 
 def test_killed_run_ends_with_the_same_bits(tiny, tmp_path):
-    whole = run(tiny, tmp_path / "whole", "--steps", "40", "--save_every", "1000")
-    arguments = flags(tiny, tmp_path / "killed", "--steps", "40", "--save_every", "3")
+    whole = run(tiny, tmp_path / "whole", "--steps", "40", "--muon", "10", "--save_every", "1000")
+    arguments = flags(tiny, tmp_path / "killed", "--steps", "40", "--muon", "10", "--save_every", "3")
     process = subprocess.Popen([sys.executable, ROOT / "train_fm.py", *arguments], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     log, wanted = tmp_path / "killed" / "log.jsonl", random.randint(5, 20)
@@ -266,11 +284,10 @@ def test_killed_run_ends_with_the_same_bits(tiny, tmp_path):
     process.wait()
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] < 40
-    resumed = run(tiny, tmp_path / "killed", "--steps", "40", "--save_every", "3")
+    resumed = run(tiny, tmp_path / "killed", "--steps", "40", "--muon", "10", "--save_every", "3")
     assert same(resumed["weights"], whole["weights"]) and same(resumed["average"], whole["average"])
-    for name in ("exp_avg", "exp_avg_sq"):
-        ours, theirs = resumed["optimizer"]["state"], whole["optimizer"]["state"]
-        assert all(torch.equal(ours[key][name], theirs[key][name]) for key in ours)
+    for ours, theirs in zip(resumed["optimizer"], whole["optimizer"], strict=True):     # AdamW's state, Muon's state
+        assert all(same(ours["state"][key], theirs["state"][key]) for key in theirs["state"])
     assert [row["step"] for row in read_jsonl(log)] == list(range(41))
     assert same(*(load_tensors(tmp_path / run / "tangoflux.safetensors") for run in ("killed", "whole")))
 
@@ -303,9 +320,12 @@ def test_wrong_input_is_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "r" / "state.pt").write_bytes(b"PK torn")
     with pytest.raises(UserError, match="not a whole training state"):
         run(tiny, tmp_path / "r", "--steps", "1")
-    for bad in (["--steps", "0"], ["--learning_rate", "nan"], ["--dropout", "1.5"], ["--batch_size", "-3"]):
+    for bad in (["--steps", "0"], ["--learning_rate", "nan"], ["--dropout", "1.5"], ["--muon", "-1"], ["--batch_size", "-3"]):
         with pytest.raises(UserError, match=bad[0]):
             train_fm.parse_args(bad)
+    for useless in (["--steps", "3", "--epochs", "2"], ["--audio_dir", "x"]):
+        with pytest.raises(UserError, match=f"{useless[0]} would have no effect"):
+            train_fm.parse_args(useless)
     monkeypatch.setattr(train_fm, "batch_loss", lambda flow, encoder, batch, *_: (
         flow.fc[0].weight.sum() * math.nan, torch.full((len(batch.t),), math.nan)))
     with pytest.raises(UserError, match="step 0: the loss is nan"):
@@ -342,11 +362,11 @@ def test_a_new_encoder_reads_first_stays_as_it_read_and_is_found_by_a_resume(tin
                  "--device", "cpu", "--reading_steps", "3"]
     train_fm.train(train_fm.parse_args([*arguments, "--max_minutes", "0"]))
     read = load_tensors(tmp_path / "r" / "text_encoder" / "model.safetensors")
-    monkeypatch.setattr("text.learn_to_read", lambda *_, **__: pytest.fail("it learns to read once more"))
+    monkeypatch.setattr("reading.learn_to_read", lambda *_, **__: pytest.fail("it learns to read once more"))
     train_fm.train(train_fm.parse_args(arguments))
     assert same(read, load_tensors(tmp_path / "r" / "text_encoder" / "model.safetensors"))
     assert torch.load(tmp_path / "r" / "state.pt", weights_only=True)["step"] == 6
-    with pytest.raises(UserError, match="'reading_steps': 3.*now.*'reading_steps': 0"):
+    with pytest.raises(UserError, match="--reading_steps 3; now .*--reading_steps 0"):
         train_fm.train(train_fm.parse_args([*arguments[:-1], "0"]))
     assert same(read, load_tensors(tmp_path / "r" / "text_encoder" / "model.safetensors"))      # and is untouched
 
@@ -388,8 +408,7 @@ def test_it_learns_two_prompts():
         batch = Batch(targets[which], x0, t, ids[which], None, mask[which], torch.full((16,), 2.0),
                       torch.rand(16, generator=rng) < 0.1)
         loss, _ = batch_loss(flow, encoder, batch)
-        for group in optimizer.param_groups:
-            group["lr"] = linear_decay(step, 1e-2, 10, 200)
+        set_rate(optimizer, linear_decay(step, 1e-2, 10, 200))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
