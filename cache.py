@@ -367,8 +367,8 @@ def parse_args():
                        help="text tokens kept (default: 64, as the official training)")
     group = parser.add_argument_group("where and how")
     group.add_argument("--cache",
-                       help="folder (default: cache/world_train and cache/world_val, or cache/FOLDER_NAME of the "
-                            "manifest); of the world, the validation scenes go to this name and _val")
+                       help="folder (default: cache/world_train and cache/world_val, or cache/FOLDER_NAME for "
+                            "--data FOLDER/NAME.jsonl); of the world, the validation scenes go to this name and _val")
     group.add_argument("--rebuild", action="store_true", help="delete what is there first (default: off)")
     group.add_argument("--workers", type=int, default=2,
                        help="processes that render, or threads that read (default: 2)")

@@ -7,11 +7,11 @@
     python evaluate.py steps       # solver steps, Euler against Heun (paper A.7, A.9)
     python evaluate.py text        # what the flow reads in a prompt: its loss under wrong ones
 
-Each prints its tables and writes results/NAME.md, .json and pictures. The numbers are those of metrics.py,
-heard by the judge (tagger.py), which no training and no choice of samples has seen, and by a second tagger
-beside it. Latents are kept block by block in cache/evaluate under a key of weights and settings: a killed
-command goes on where it was. Letters: N clips, K samples of one prompt, B batch, L latent frames, C latent
-channels.
+Each prints its tables and writes results/NAME.md and .json, some a picture. The numbers of all but `text` (losses
+of the flow itself) are those of metrics.py, heard by the judge (tagger.py), which no training and no choice of
+samples has seen, and by a second tagger beside it. Generated latents are kept block by block in cache/evaluate under
+a key of weights and settings: a killed command goes on where it was. Letters: N clips, K samples of one prompt, B
+batch, L latent frames, C latent channels.
 """
 import argparse
 import shlex
@@ -414,7 +414,8 @@ def text(args, model, heads):
     for start in tqdm(range(0, len(prompts), args.batch_size), desc="losses", leave=False):
         rows = slice(start, start + args.batch_size)
         x1 = model.codec.normalise(model.codec.encode(wide[rows].to(device))[0])                   # (B, L, C)
-        x0 = torch.randn(x1.shape, generator=generator(args.seed, "text", start)).to(device)
+        x0 = torch.stack([torch.randn(x1.shape[1:], generator=generator(args.seed, "text", start + i))
+                          for i in range(len(x1))]).to(device)                                     # (B, L, C)
         seconds = torch.tensor([scene.duration for scene in truths[rows]])
         for kind, said in kinds.items():
             condition = encode_prompts(model.text, said[rows], seconds)
@@ -495,7 +496,7 @@ def main(argv=None):
     if model.codec.sampling_rate < SAMPLE_RATE:
         raise UserError(f"{args.checkpoint} makes audio at {model.codec.sampling_rate} Hz, but the taggers need "
                         f"{SAMPLE_RATE} or more; choose another --checkpoint")
-    args.run(args, model, ears(args))
+    args.run(args, model, {} if args.run is text else ears(args))
     print("next: python evaluate.py --help lists the other tables; python sample.py makes something to hear")
 
 

@@ -3,8 +3,8 @@
 FLAN-T5 comes with an understanding of language. An encoder from scratch has to get it from the flow's loss, which
 pays for the right events early and for their order late. Trained together by AdamW, the flow had event F1 0.64 after
 2250 steps, but exchanging the two sounds of a prompt raised its loss at t = 0.95 by 0.04 % only. Behind an encoder
-that has learned this and then stays as it is, by 2 % after 300 steps. (If it goes on learning with the flow, by 0.0 %
-after 500: Adam makes steps of full size out of gradients that are mostly noise, and the order is forgotten.)
+that learned to read first and then stays as it is, by 2 % after 300 steps. (If it goes on learning with the flow, by
+0.0 % after 500: Adam makes steps of full size out of gradients that are mostly noise, and the order is forgotten.)
 
 Letters: B batch, S text tokens, T width of the text encoder; K events of the world, Q countable ones.
 """
@@ -37,7 +37,7 @@ def reading_targets(scenes, event_names, countable, numbers):
     return targets
 
 
-def learn_to_read(encoder, steps=4000, batch_size=64, learning_rate=2e-3, seed=0):
+def learn_to_read(encoder, steps, batch_size=64, learning_rate=2e-3, seed=0):
     """Teach `encoder` in place to read captions of the world; minutes on a CPU.
 
     A linear layer on the mean of the hidden states, what the flow's pooled vector is made of, must tell from the
@@ -82,11 +82,12 @@ def new_encoder(out, width, steps, seed, device, say=print):
     if found == made:
         encoder = TextEncoder.load(folder)
         if encoder.width == width:
-            return encoder
+            return encoder.to(device)
     if (out / "state.pt").exists() or (out / "tangoflux.safetensors").exists():     # never touch another run's
         was = f"--seed {found['seed']} --reading_steps {found['reading_steps']}" if found else "none made here"
+        was += f", {encoder.width} wide" if found == made else ""
         raise UserError(f"{out} holds a model with another text encoder ({was}; now --seed {seed} --reading_steps "
-                        f"{steps}); give the same flags to go on, or another --out")
+                        f"{steps}, {width} wide); give the same flags to go on, or another --out")
     encoder = make_text_encoder(known_words(), width, seed=seed).to(device)
     if steps:
         share = learn_to_read(encoder, steps, seed=seed)

@@ -18,6 +18,7 @@ Where paper and official code differ, we do this:
     as in the paper, unless --train_text; a new one first learns to read the world's captions
     (reading.py), and with --data, whose captions it can't read, goes on learning with the flow;
   - t is logit-normal(0.8, 1), nearer to noise (paper: mean 0: --t_mean 0);
+  - Muon trains the attention and MLP matrices of a new toy flow, AdamW the rest (both: AdamW for all: --muon 0);
   - condition dropout replaces the text by T5(""), the very null that guidance uses, and keeps the duration
     (the paper has none; the official option zeroes text and duration, not the pooled text:
     --null official_zeros);
@@ -43,7 +44,7 @@ from training import (average_decay, choose_dtype, draw_log, export, linear_deca
                       make_optimizer, mean_over_ranks, save_state, set_rate, start_ranks, trainable, trim_log,
                       update_average, wait_for_ranks, weights_replaced)
 
-STEPS = 12500              # of the toy model
+STEPS, READING_STEPS = 12500, 4000     # of the toy model; a fine-tuning says --steps
 VAL_BINS = 5               # validation loss is also logged per fifth of t
 # flags that decide what the weights become: a run is resumed only if they are the same
 DECISIVE = ("checkpoint", "preset", "text_encoder", "train_text", "reading_steps", "max_text_length", "seed",
@@ -52,8 +53,9 @@ DECISIVE = ("checkpoint", "preset", "text_encoder", "train_text", "reading_steps
 RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
           ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10),
           ("muon", 0, 1e4), ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20),
-          ("t_std", 1e-6, 20), ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("validation_fraction", 0, 0.99),
-          ("max_minutes", 0, math.inf), ("save_every", 1, 1e9), ("log_every", 1, 1e9), ("val_every", 1, 1e9),
+          ("t_std", 1e-6, 20), ("t_grid", 0, 1e6), ("scenes", 1, 1e8), ("val_scenes", 1, 1e8),
+          ("validation_fraction", 0, 0.99), ("max_minutes", 0, math.inf), ("save_every", 1, 1e9),
+          ("log_every", 1, 1e9), ("val_every", 1, 1e9),
           ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("reading_steps", 0, 1e9), ("workers", 0, 256),
           ("seed", 0, 2 ** 63))
 
@@ -372,7 +374,7 @@ def parse_args(arguments=None):
                                               "a small new one; paper: google/flan-t5-large)")
     group.add_argument("--reading_steps", type=int,
                        help="steps in which a small new text encoder learns to read captions before the flow is "
-                            "trained (default: 4000; 0: none; paper: FLAN-T5 comes trained)")
+                            f"trained (default: {READING_STEPS}; 0: none; paper: FLAN-T5 comes trained)")
     group.add_argument("--train_text", action="store_true",
                        help="train the text encoder with the flow, too (default: off, as paper; on for a new one "
                             "with --data, whose captions it can't read)")
@@ -388,7 +390,8 @@ def parse_args(arguments=None):
     group.add_argument("--validation_fraction", type=float, default=0.05,
                        help="of a manifest's files (default: 0.05)")
     group.add_argument("--cache",
-                       help="of the latents (default: cache/world_train, or cache/FOLDER_NAME of a manifest)")
+                       help="of the latents (default: cache/world_train, or cache/FOLDER_NAME for "
+                            "--data FOLDER/NAME.jsonl)")
     group.add_argument("--workers", type=int, default=2,
                        help="processes that render, threads that read (default: 2)")
     group = parser.add_argument_group("flow matching")
@@ -420,7 +423,7 @@ def parse_args(arguments=None):
     group.add_argument("--beta1", type=float, default=0.9, help="of AdamW (default: 0.9; paper: 0.9)")
     group.add_argument("--beta2", type=float, default=0.95, help="of AdamW (default: 0.95; paper: 0.95)")
     group.add_argument("--weight_decay", type=float, default=1e-2,
-                       help="of AdamW (default: 0.01, as the official code)")
+                       help="of AdamW, and at --muon times the rate of Muon (default: 0.01, as the official code)")
     group.add_argument("--clip", type=float, default=1.0,
                        help="largest gradient norm, 0: any (default: 1; official: any)")
     group.add_argument("--ema", type=float, default=0.999,
@@ -445,7 +448,7 @@ def parse_args(arguments=None):
                             "official: float32)")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     args = parse_arguments(parser, arguments)
-    new = {"codec": "checkpoints/toy/base", "preset": "toy", "text_encoder": None, "reading_steps": 4000}
+    new = {"codec": "checkpoints/toy/base", "preset": "toy", "text_encoder": None, "reading_steps": READING_STEPS}
     given = [f"--{name}" for name in new if getattr(args, name) is not None]
     if args.checkpoint and given:
         raise UserError(f"{' and '.join(given)} would have no effect: --checkpoint brings codec, size and text "

@@ -3,7 +3,7 @@
 A run's folder is a model folder plus `state.pt` (all that a resume needs, one atomic file, read with
 weights_only), `log.jsonl` and, where weights are averaged, `ema.safetensors` (the average of every trained
 tensor). Everything beside state.pt can be written again from it, and is when a run resumes: a kill between
-two files can't mix steps. `reading.json` says how a new, frozen text encoder was made (reading.new_encoder).
+two files can't mix steps. `reading.json` says how a new text encoder learned to read (reading.new_encoder).
 """
 import contextlib
 import json
@@ -46,8 +46,9 @@ def make_optimizer(named, betas=(0.9, 0.95), weight_decay=1e-2, muon=0.0):
     """AdamW over {name: parameter}; matrices decay, vectors (biases, gains, frequencies) don't.
 
     muon > 0: the matrices that `muon_takes` go to torch.optim.Muon, which steps along the orthogonal matrix nearest
-    to the momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon), at `muon` times AdamW's rate. The rate
-    is 0 until the loop sets it by `set_rate`, which it does before each step.
+    to the momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon), at `muon` times AdamW's rate (tall
+    matrices sqrt(rows / columns) times that, as torch does; weight decay at `muon` times, too). The rate is 0 until
+    the loop sets it by `set_rate`, which it does before each step.
     """
     taken = [p for name, p in named.items() if muon and muon_takes(name, p)]
     chosen = {id(p) for p in taken}

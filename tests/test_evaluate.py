@@ -221,7 +221,7 @@ def test_text_table_compares_prompts(folder, tmp_path):
     assert numbers["t"] == [0.5, 1.0]
     rows = [numbers[kind] for kind in ("its own", "its two sounds exchanged", "another scene's", "empty")]
     assert all(0 < value < 100 for row in rows for value in row)
-    assert rows[0] != rows[3]
+    assert len({tuple(row) for row in rows}) == 4                           # four kinds of prompt, four losses
 
 
 def test_other_settings_are_other_latents(folder, tmp_path):

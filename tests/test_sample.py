@@ -273,7 +273,7 @@ def broken_copy(folder, target, name, size):
     (["--duration", "nan"], "--duration is nan"), (["--duration", "0"], "must be above 0"), (["--duration", "99"], "at most 0.512"),
     (["--duration", "inf"], "duration is inf"), (["--num_samples", "0"], "--num_samples is 0"), (["--solver", "rk4"], "rk4"),
     (["--prompt_file", "missing.txt"], "missing.txt is missing"), (["--prompt_file", "empty.txt"], "has no prompt in it"),
-    (["--prompt_file", "rows.jsonl"], 'has no "prompt"'), (["--prompt_file", "nan.jsonl"], "duration is nan"),
+    (["--prompt_file", "rows.jsonl"], 'has no "prompt"'), (["--prompt_file", "nan.jsonl"], "nan.jsonl row 1: duration is nan"),
     (["--prompt_file", "binary.txt"], "is not readable text"),
     (["--output", "a.mp3"], "only WAV files"), (["--output", "empty.txt/inside"], "cannot write into"), (["--num_samples", "2", "--output", "one.wav"], "is one file"),
     (["--checkpoint", "nowhere"], "nowhere is missing"), (["--checkpoint", "cut"], "not a whole safetensors file"),
