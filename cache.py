@@ -182,14 +182,15 @@ def ahead(submit, tasks, depth):
 
 
 def world_cache(folder, codec, split="train", scenes=TRAIN_SCENES, seed=0, pairs="seen", degraded=0.0, samples=None,
-                workers=2, batch=64):
+                workers=2, batch=64, **mix):
     """The latents of world scenes 0..scenes-1 of a split, built (or gone on with) if need be; returns a Cache.
 
     `workers` processes render while this one encodes; 0 renders here. `samples`: clip length at the codec's rate.
+    `mix`: relations and counted of world.World.
     """
     import world
     samples = samples or round(world.CLIP_SAMPLES * codec.sampling_rate / world.SAMPLE_RATE)
-    options = {"split": split, "seed": seed, "pairs": pairs, "degraded": degraded}
+    options = {"split": split, "seed": seed, "pairs": pairs, "degraded": degraded, **mix}
     settings = world_settings(codec, samples, scenes, options)
 
     def read(batches):
@@ -202,6 +203,31 @@ def world_cache(folder, codec, split="train", scenes=TRAIN_SCENES, seed=0, pairs
             yield from ahead(lambda task: pool.submit(render, task), batches, 2 * workers)
 
     return build(folder, settings, codec, scenes, batch, read)
+
+
+def add_world_flags(group):
+    """--world_seed, --relations, --counted: which scenes of the world a flow is trained on."""
+    group.add_argument("--world_seed", type=int, default=0,
+                       help="of the training scenes (default: 0; the held-out ones are always those of 0)")
+    group.add_argument("--relations", type=float, nargs=4, metavar="WEIGHT",
+                       help="of training scenes with one sound, two at once, two in order, three in order "
+                            "(default: 0.14 0.24 0.34 0.28)")
+    group.add_argument("--counted", type=float, metavar="SHARE",
+                       help="of the sounds that can be counted whose number a training caption names (default: 0.35)")
+
+
+def world_mix(args):
+    """The keywords of world_cache that the flags of add_world_flags ask for. UserError if out of range."""
+    mix = {"seed": args.world_seed}
+    if args.counted is not None:
+        mix["counted"] = in_range("--counted", args.counted, 0, 1)
+    if args.relations is not None:
+        for weight in args.relations:
+            in_range("--relations", weight, 0, 1e6)
+        if args.relations[0] <= 0:
+            raise UserError("--relations: the weight of one sound must be above 0, for short scenes hold no more")
+        mix["relations"] = tuple(args.relations)
+    return mix
 
 
 def end_with_parent():
@@ -355,7 +381,7 @@ def parse_args():
     group.add_argument("--scenes", type=int, default=TRAIN_SCENES,
                        help=f"training scenes of the world (default: {TRAIN_SCENES})")
     group.add_argument("--val_scenes", type=int, default=VAL_SCENES, help=f"validation scenes (default: {VAL_SCENES})")
-    group.add_argument("--world_seed", type=int, default=0, help="of the world's scenes (default: 0)")
+    add_world_flags(group)
     group.add_argument("--max_duration", type=float, default=4.096,
                        help="seconds a manifest's clip is cropped or padded to (default: 4.096; paper: 30)")
     group = parser.add_argument_group("with what")
@@ -410,8 +436,8 @@ def main():
         rows = manifest_rows(args)
         caches = [manifest_cache(folders[0], codec, args.data, rows, samples, args.crop, args.workers)]
     else:
-        caches = [world_cache(folder, codec, split, scenes, args.world_seed, workers=args.workers)
-                  for folder, split, scenes in zip(folders, ("train", "val"), (args.scenes, args.val_scenes))]
+        caches = [world_cache(folders[0], codec, "train", args.scenes, workers=args.workers, **world_mix(args)),
+                  world_cache(folders[1], codec, "val", args.val_scenes, workers=args.workers)]
     if args.with_text:
         from model import load_model
         encoder = load_model(args.with_text, codec.latent_mean.device, parts=("text",)).text

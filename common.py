@@ -143,6 +143,12 @@ def append_jsonl(path, row):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def write_jsonl(path, rows):
+    """Write rows as JSON lines, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def read_jsonl(path):
     """The rows of a JSON-lines file. A torn last line (from a kill) is dropped; any other broken line is an error."""
     try:

@@ -105,6 +105,51 @@ def derangement(number, seed):
     return partner
 
 
+# ----------------------------------------------------------------------------- sets of clips, and two models
+
+def frechet_distance(a, b):
+    """Frechet distance of two feature sets (N, D) and (M, D): |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    A and B are the covariances (N - 1 in the denominator); in float64, as stable-audio-metrics. tr (A B)^(1/2) is the
+    sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric: no complex roots to drop.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    shift = a.mean(0) - b.mean(0)
+    first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))               # (D, D)
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    between = np.linalg.eigvalsh(root @ second @ root).clip(0)
+    return float(shift @ shift + np.trace(first) + np.trace(second) - 2 * np.sqrt(between).sum())
+
+
+def kl_divergence(generated, reference, smallest=1e-6):
+    """KL(generated || reference) of paired class logits (N, K) -> (N,), softmax over classes (the paper's KL_passt).
+
+    `smallest` is added to the reference within the logarithm only, as that tool does.
+    """
+    def softmax(logits):
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+    p, q = softmax(np.asarray(generated, np.float64)), softmax(np.asarray(reference, np.float64))
+    return (p * (np.log(p.clip(1e-300)) - np.log(q + smallest))).sum(-1)
+
+
+def paired_bootstrap(statistic, first, second, draws=1000, seed=0, level=0.95):
+    """Interval (low, high) of statistic(first) - statistic(second), by resampling the prompts of both alike.
+
+    first, second: arrays, or tuples of arrays, with one row a prompt; statistic: a function of the resampled ones.
+    Draws in which it is NaN are left out.
+    """
+    first, second = (x if isinstance(x, tuple) else (x,) for x in (first, second))
+    rng, count = np.random.default_rng(seed), len(first[0])
+    gains = []
+    for _ in range(draws):
+        rows = rng.integers(count, size=count)
+        gains.append(statistic(*(x[rows] for x in first)) - statistic(*(x[rows] for x in second)))
+    tails = 100 * np.array([(1 - level) / 2, (1 + level) / 2])
+    return tuple(np.nanpercentile(np.array(gains, dtype=float), tails).tolist())
+
+
 # ----------------------------------------------------------------------------- audio measures
 
 def sounding_length(audio, sampling_rate, threshold_db=-40.0, frame=0.02):

@@ -270,6 +270,14 @@ def make_parser():
     group.add_argument("--duration", type=float,
                        help="seconds, at most the model's maximum (default 4 for the toy; paper: 10)")
     group.add_argument("--num_samples", type=int, default=1, help="samples per prompt (default 1)")
+    group.add_argument("--best_of", type=int, default=1, metavar="N",
+                       help="make N for each and keep the one that the reward scores highest (default 1; paper A.3: 5, "
+                            "10, 15)")
+    group.add_argument("--reward", help="folder or hub id of the CLAP that scores them (default: the bundled one; "
+                                        "paper: laion/clap-htsat-unfused)")
+    group.add_argument("--first_index", type=int, default=0, metavar="I",
+                       help="the first sample is made from (seed, I), the next from (seed, I + 1), ... (default 0; "
+                            "the index in a scores.jsonl makes that clip again)")
     add_sampling_flags(parser)
     group = parser.add_argument_group("where")
     group.add_argument("--output", default="out", help="a .wav file, or a folder (default out)")
@@ -324,11 +332,28 @@ def load_for_sampling(args, quiet=False):
     return load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
 
 
+def choose_best(audios, prompts, sampling_rate, args):
+    """Of each --best_of N clips in a row the one with the highest reward (paper A.3); prints which and the scores."""
+    from clap import load_clap
+    from reward import REWARD, best_of
+    clap = load_clap(args.reward or REWARD, choose_device(args.device, quiet=True))
+    scores = clap.scores(audios, sampling_rate, prompts).reshape(-1, args.best_of)         # (prompts, N)
+    best = best_of(scores)
+    for row, (choice, values) in enumerate(zip(best, scores.tolist())):
+        print(f"best of {args.best_of}: sample {args.first_index + row * args.best_of + choice}, reward "
+              f"{values[choice]:.4f} (mean {sum(values) / len(values):.4f}): {prompts[row * args.best_of][:60]}")
+    return [audios[row * args.best_of + choice] for row, choice in enumerate(best)]
+
+
 def main(argv=None):
     """Prompts in, WAV files out."""
     args = parse_arguments(make_parser(), argv)
     check_sampling_flags(args)
     in_range("--num_samples", args.num_samples, 1, 100000)
+    in_range("--best_of", args.best_of, 1, 100000)
+    in_range("--first_index", args.first_index, 0, 2 ** 62)
+    if args.reward and args.best_of == 1:
+        raise UserError("--reward would have no effect without --best_of N, N above 1")
     rows = [{"prompt": prompt, "duration": None} for prompt in args.prompt or []]
     rows += read_prompts(args.prompt_file) if args.prompt_file else []
     rows = rows or [{"prompt": DEFAULT_PROMPT, "duration": None}]
@@ -353,10 +378,13 @@ def main(argv=None):
     durations = [check_duration("duration", fallback if row["duration"] is None else row["duration"], max_duration)
                  for row in rows]
     warn_of_unknown_words(model.text, [*prompts, args.negative_prompt or ""], args.checkpoint)
-    latents = generate(model, prompts, durations, seed=args.seed, steps=args.steps,
-                       guidance_scale=args.guidance_scale, solver=args.solver, negative_prompt=args.negative_prompt,
-                       batch_size=args.batch_size, progress=True)
-    audios = decode(model, latents, durations, args.batch_size, progress=len(latents) > args.batch_size)
+    every, seconds = ([value for value in values for _ in range(args.best_of)] for values in (prompts, durations))
+    indices = range(args.first_index, args.first_index + len(every))
+    latents = generate(model, every, seconds, args.seed, indices, args.steps, args.guidance_scale, args.solver,
+                       args.negative_prompt, args.batch_size, progress=True)
+    audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size)
+    if args.best_of > 1:
+        audios = choose_best(audios, every, model.codec.sampling_rate, args)
 
     from audio import save_spectrogram, write_wav
     for path, audio, prompt in zip(paths, audios, prompts):

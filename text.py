@@ -190,10 +190,11 @@ def load_text(folder, config, weights, dtype):
 
 # ----------------------------------------------------------------------------- the toy encoder
 
-def make_tokenizer(words):
+def make_tokenizer(words, special=("<pad>", "</s>", "<unk>"), template="$A </s>"):
     """Whole words (and punctuation) as pieces, everything else in UTF-8 bytes, so no caption is out of reach.
 
-    Lower-cased, NFKC. Ids: 0 <pad>, 1 </s>, 2 <unk> (never used), 256 bytes, a lone space mark, then the words.
+    Lower-cased, NFKC. Ids: the `special` tokens in their order (T5's: 0 <pad>, 1 </s>, 2 <unk>, the last never used),
+    256 bytes, a lone space mark, then the words. `template`: where the special tokens stand around a text $A.
     """
     from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
     from tokenizers.models import Unigram
@@ -203,12 +204,14 @@ def make_tokenizer(words):
         pre_tokenizers.Metaspace("▁", prepend_scheme="always")])
     split = [piece for word in [*words, *PUNCTUATION]
              for piece, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(word))]
-    special, byte_pieces = ["<pad>", "</s>", "<unk>"], [f"<0x{byte:02X}>" for byte in range(256)]
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = dict.fromkeys([*special, *byte_pieces, "▁", *sorted(split)])
     # equal scores: the fewest pieces win; bytes (unknown characters: 10 below the lowest score) are the last resort
-    tokenizer = Tokenizer(Unigram([(piece, -1.0) for piece in pieces], unk_id=UNKNOWN, byte_fallback=True))
+    scores = [(piece, -1.0) for piece in pieces]
+    tokenizer = Tokenizer(Unigram(scores, unk_id=special.index("<unk>"), byte_fallback=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(piece, special.index(piece)) for piece in template.split() if piece != "$A"])
     return tokenizer
 
 

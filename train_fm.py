@@ -37,7 +37,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cache import TRAIN_SCENES, VAL_SCENES, default_folder, gather, manifest_cache, prepare, world_cache
+from cache import (TRAIN_SCENES, VAL_SCENES, add_world_flags, default_folder, gather, manifest_cache, prepare,
+                   world_cache, world_mix)
 from common import (UserError, append_jsonl, check_writable, derive_seed, generator, in_range, parse_arguments,
                     run_main, warn)
 from training import (average_decay, choose_dtype, draw_log, export, linear_decay, load_state, log_line,
@@ -240,9 +241,9 @@ def load_data(args, codec, encoder, cached_text, max_duration):
     folder = Path(args.cache) if args.cache else default_folder(args.data)
     if not args.data:
         rest = dict(samples=samples, workers=args.workers)
-        train = world_cache(folder, codec, "train", args.scenes, args.world_seed, **rest)
+        train = world_cache(folder, codec, "train", args.scenes, **world_mix(args), **rest)
         folder = Path(f"{args.cache}_val") if args.cache else default_folder(None, "val")
-        held = world_cache(folder, codec, "val", args.val_scenes, args.world_seed, **rest)
+        held = world_cache(folder, codec, "val", args.val_scenes, **rest)
         return ready(train, train.kept), ready(held, held.kept)
     from data import manifest_rows, split_rows
     cache = manifest_cache(folder, codec, args.data, manifest_rows(args), samples, args.crop, args.workers)
@@ -386,7 +387,7 @@ def parse_args(arguments=None):
                        help=f"scenes of the world (default: {TRAIN_SCENES})")
     group.add_argument("--val_scenes", type=int, default=VAL_SCENES,
                        help=f"held-out scenes (default: {VAL_SCENES})")
-    group.add_argument("--world_seed", type=int, default=0, help="of the scenes (default: 0)")
+    add_world_flags(group)
     group.add_argument("--validation_fraction", type=float, default=0.05,
                        help="of a manifest's files (default: 0.05)")
     group.add_argument("--cache",

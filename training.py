@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, atomic_path, choose_device, read_jsonl, save_tensors, warn
+from common import UserError, atomic_path, choose_device, read_jsonl, save_tensors, warn, write_jsonl
 
 # ----------------------------------------------------------------------------- schedules, optimizer, average
 
@@ -42,15 +42,15 @@ def trainable(flow, encoder=None):
     return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
-def make_optimizer(named, betas=(0.9, 0.95), weight_decay=1e-2, muon=0.0):
+def make_optimizer(named, betas=(0.9, 0.95), weight_decay=1e-2, muon=0.0, takes=None):
     """AdamW over {name: parameter}; matrices decay, vectors (biases, gains, frequencies) don't.
 
-    muon > 0: the matrices that `muon_takes` go to torch.optim.Muon, which steps along the orthogonal matrix nearest
-    to the momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon), at `muon` times AdamW's rate (tall
-    matrices sqrt(rows / columns) times that, as torch does; weight decay at `muon` times, too). The rate is 0 until
-    the loop sets it by `set_rate`, which it does before each step.
+    muon > 0: the tensors for which `takes(name, tensor)`, default muon_takes, go to torch.optim.Muon, which steps along
+    the orthogonal matrix nearest to the momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon), at `muon`
+    times AdamW's rate (tall matrices sqrt(rows / columns) times that, as torch does; weight decay at `muon` times,
+    too). The rate is 0 until the loop sets it by `set_rate`, which it does before each step.
     """
-    taken = [p for name, p in named.items() if muon and muon_takes(name, p)]
+    taken = [p for name, p in named.items() if muon and (takes or muon_takes)(name, p)]
     chosen = {id(p) for p in taken}
     rest = [p for p in named.values() if id(p) not in chosen]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
@@ -188,8 +188,7 @@ def trim_log(out, step):
     """Drop the lines of log.jsonl that a killed run wrote after its last saved step."""
     path = Path(out) / "log.jsonl"
     rows = [row for row in read_jsonl(path) if row["step"] <= step] if path.is_file() else []
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(path, rows)
 
 
 def log_line(row, steps):

@@ -86,6 +86,7 @@ SINGLE = ("{a}", "{a}", "the sound of {a}", "{a} can be heard")
 AND = ("{a} and {b}", "{a} with {b}", "{a} together with {b}", "{a} and {b} at the same time")
 THEN = ("{a} followed by {b}", "{a}, then {b}", "{a} and then {b}", "first {a}, then {b}", "{b} after {a}")
 THEN3 = ("{a}, then {b}, then {c}", "{a} followed by {b} and then {c}", "first {a}, then {b}, and finally {c}")
+FORMS = ("single", "and", "then", "then")  # with one, two, two, three events
 
 
 @dataclass
@@ -429,6 +430,23 @@ DEGRADATIONS = ("noise", "clipping", "band_limit", "dropouts", "reverberation")
 
 # ----------------------------------------------------------------------------- scenes
 
+def event_phrase(rng, name, count=None):
+    """How a caption names an event: one of its phrases, or "three beeps" where it is counted."""
+    event = EVENTS[name]
+    return f"{NUMBERS[count]} {event.counted}" if count else event.phrases[rng.integers(len(event.phrases))]
+
+
+def joined(rng, relation, phrases):
+    """A caption of one, two or three phrases in a relation ("single", "and", "then")."""
+    forms = {"single": SINGLE, "and": AND, "then": THEN if len(phrases) < 3 else THEN3}[relation]
+    return forms[rng.integers(len(forms))].format(**dict(zip("abc", phrases)))
+
+
+def caption(rng, relation, events):
+    """One of the captions of a scene with these (name, count or None), in order for "then"."""
+    return joined(rng, relation, [event_phrase(rng, *event) for event in events])
+
+
 class World:
     """Scenes of one split. `scene(i)` gives the truth and the prompt, `render(i)` also the audio.
 
@@ -493,14 +511,12 @@ class World:
             if fits and rng.random() < self.counted:
                 count = int(rng.choice(fits))
             events.append(SceneEvent(name, round(float(onset), 4), round(float(offset), 4), count))
-            phrases.append(f"{NUMBERS[count]} {event.counted}" if count else
-                           event.phrases[rng.integers(len(event.phrases))])
-        form_texts = (SINGLE, AND, THEN, THEN3)[form]
-        prompt = form_texts[rng.integers(len(form_texts))].format(**dict(zip("abc", phrases)))
+            phrases.append(event_phrase(rng, name, count))
+        prompt = joined(rng, FORMS[form], phrases)
         degradation = None
         if rng.random() < self.degraded:
             degradation = (str(rng.choice(DEGRADATIONS)), round(float(rng.random()), 4))
-        return Scene(index, prompt, ("single", "and", "then", "then")[form], events, duration, degradation)
+        return Scene(index, prompt, FORMS[form], events, duration, degradation)
 
     def render(self, index):
         """-> (audio float32 (65536,) in [-1, 1], Scene with strikes): the same for the same (split, seed, index)."""

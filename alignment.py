@@ -1,0 +1,211 @@
+"""Is an aligned model better than its base? Both make the same prompts from the same noise (paper 4.2, Table 3).
+
+    python alignment.py --checkpoint runs/crpo/iteration_5                       # against checkpoints/toy/base
+    python alignment.py --checkpoint runs/a runs/b runs/c --prompts 1024         # training seeds, pooled and each
+    python alignment.py best_of --counts 1 5 10 15                               # the reward chooses (paper A.3)
+
+Who says so: the reward (the CLAP that ranked: the one that can be fooled), the judge (a CLAP that ranked nothing),
+and the truth of the world as the judge's tagger hears it: event F1, order, exact scenes. Beside them the Frechet
+distance and KL divergence to the real scenes of the same prompts, on features and classes of the second tagger.
+Every difference is paired over prompts, its 95 % interval comes from resampling them.
+
+Letters: N prompts, K events, W feature width, S training seeds.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import metrics
+from clap import load_clap
+from common import UserError, in_range, load_tensors, parse_arguments, run_main, save_tensors
+from evaluate import markdown, render, sampled, write_report
+from model import load_model
+from reward import JUDGE, REWARD
+from sample import DEFAULT_CHECKPOINT, add_sampling_flags, check_sampling_flags
+from tagger import features, hear, load_tagger, posteriors
+from world import SAMPLE_RATE, World
+
+SCORES = ("reward", "judge", "f1", "order", "count", "exact")          # larger is better
+HEADS = ["reward", "judge", "event F1", "order", "count", "exact scene", "Frechet", "KL"]
+
+
+class Ears:
+    """All that listens: two CLAPs and two taggers of a folder."""
+
+    def __init__(self, tagger=DEFAULT_CHECKPOINT, reward=REWARD, judge=JUDGE, device="cpu"):
+        self.reward, self.judge = load_clap(reward, device), load_clap(judge, device)
+        self.truth, self.features = load_tagger(tagger, "judge"), load_tagger(tagger, "features")
+
+    def listen(self, clips, scenes):
+        """Clips (N, 65536) of the scenes -> {"reward", "judge" (N,), "tally" (N, columns), "features" (N, W),
+        "logits" (N, K)}, all tensors."""
+        prompts = [scene.prompt for scene in scenes]
+        audios = [clip[:int(scene.duration * SAMPLE_RATE)] for clip, scene in zip(clips, scenes)]
+        chances = posteriors(self.features, clips).clamp(1e-6, 1 - 1e-6)
+        return {"reward": self.reward.scores(audios, SAMPLE_RATE, prompts),
+                "judge": self.judge.scores(audios, SAMPLE_RATE, prompts),
+                "tally": torch.from_numpy(metrics.tally_all(hear(self.truth, clips), scenes)),
+                "features": features(self.features, clips), "logits": chances.logit()}
+
+
+def heard(path, ears, clips_of, scenes):
+    """ears.listen(clips_of(), scenes) as arrays, kept in the file `path` (None: not kept)."""
+    if path is not None and Path(path).is_file():
+        found = load_tensors(path)
+    else:
+        found = ears.listen(clips_of(), scenes)
+        if path is not None:
+            save_tensors(path, found)
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def summary(found, real):
+    """The numbers of a row of the table: {"reward", "judge", "f1", ..., "frechet", "kl"} (means over prompts)."""
+    scores = metrics.scores(found["tally"])
+    return {"reward": float(found["reward"].mean()), "judge": float(found["judge"].mean()),
+            **{name: scores[name] for name in ("f1", "order", "count", "exact")},
+            "frechet": metrics.frechet_distance(found["features"], real["features"]),
+            "kl": float(metrics.kl_divergence(found["logits"], real["logits"]).mean())}
+
+
+def cells(values):
+    """A summary as cells of HEADS."""
+    return [f"{values[name]:.4f}" for name in ("reward", "judge")] + [
+        f"{values[name]:.3f}" for name in ("f1", "order", "count", "exact")] + [
+        f"{values['frechet']:.3f}", f"{values['kl']:.3f}"]
+
+
+def gains(aligned, base, real, draws=1000, frechet_draws=200, seed=0):
+    """{measure: (difference, low, high)} of aligned minus base; for "frechet" the ratio of both, aligned over base.
+
+    aligned: a list of S arrays dicts (training seeds), whose rows of one prompt are drawn together; base: one.
+    """
+    count = len(aligned)
+
+    def pooled(name):
+        return np.stack([one[name] for one in aligned], axis=1).reshape(len(base[name]), count, -1)    # (N, S, ...)
+
+    def repeated(name):
+        return np.repeat(base[name].reshape(len(base[name]), 1, -1), count, axis=1)
+    result = {}
+    for name in ("reward", "judge"):
+        a, b = pooled(name), repeated(name)
+        result[name] = (float(a.mean() - b.mean()), *metrics.paired_bootstrap(np.mean, a, b, draws, seed))
+    a, b = pooled("tally"), repeated("tally")
+    for name in ("f1", "order", "count", "exact"):
+        def score(rows, name=name):
+            return metrics.scores(rows.sum(1))[name]
+        result[name] = (score(a) - score(b), *metrics.paired_bootstrap(score, a, b, draws, seed))
+
+    def log_distance(mine, theirs):
+        return float(np.log(np.mean([metrics.frechet_distance(mine[:, s], theirs) for s in range(mine.shape[1])])))
+    a, b, truth = pooled("features"), base["features"][:, None], real["features"]
+    low, high = metrics.paired_bootstrap(log_distance, (a, truth), (b, truth), frechet_draws, seed)
+    result["frechet"] = tuple(np.exp([log_distance(a, truth) - log_distance(b, truth), low, high]).tolist())
+    return result
+
+
+# ----------------------------------------------------------------------------- command line
+
+def compare(args):
+    """Table and intervals of --checkpoint against --against on unseen pairs of events (or --pairs)."""
+    ears = Ears(args.tagger, args.reward, args.judge)
+    clips, scenes = render(World("test", seed=args.world_seed, pairs=args.pairs), range(args.prompts))
+    prompts, durations = [scene.prompt for scene in scenes], [scene.duration for scene in scenes]
+    real = {name: tensor.numpy() for name, tensor in ears.listen(clips, scenes).items()}
+    rows, numbers, found = [["real scenes", *cells(summary(real, real))]], {}, {}
+    for name in (args.against, *args.checkpoint):
+        model = load_model(name)
+        found[name] = {key: tensor.numpy() for key, tensor in ears.listen(
+            sampled(model, args, prompts, durations, args.seed)[0], scenes).items()}
+        numbers[name] = summary(found[name], real)
+        rows.append([name, *cells(numbers[name])])
+    table, base = [], found[args.against]
+    groups = {name: [found[name]] for name in args.checkpoint}
+    if len(groups) > 1:
+        groups[f"all {len(groups)} pooled"] = [found[name] for name in args.checkpoint]
+    for name, group in groups.items():
+        change = gains(group, base, real, seed=args.seed)
+        numbers[f"{name} against {args.against}"] = change
+        table.append([name, *(f"{v:+.4f} ({low:+.4f} to {high:+.4f})" for v, low, high in
+                              (change[key] for key in SCORES)),
+                      "x {:.3f} ({:.3f} to {:.3f})".format(*change["frechet"])])
+    write_report(args, "Aligned against base", [
+        f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\"), the same noise for all; {args.steps} "
+        f"{args.solver} steps, guidance {args.guidance_scale:g}.",
+        markdown(["model", *HEADS], rows),
+        f"Differences to {args.against}, in brackets their 95 % intervals over prompts (Frechet distance: the ratio):",
+        markdown(["model", *HEADS[:6], "Frechet ratio"], table)], numbers)
+
+
+def best_of(args):
+    """Paper Table 5: the reward chooses among the first N samples of each prompt; judge and truth say if it helps."""
+    ears = Ears(args.tagger, args.reward, args.judge)
+    clips, scenes = render(World("test", seed=args.world_seed, pairs=args.pairs), range(args.prompts))
+    real = {name: tensor.numpy() for name, tensor in ears.listen(clips, scenes).items()}
+    most = max(args.counts)
+    repeated = [scene for scene in scenes for _ in range(most)]
+    made = sampled(load_model(args.checkpoint[0]), args, [s.prompt for s in repeated], [s.duration for s in repeated],
+                   args.seed)[0]
+    every = {name: tensor.numpy().reshape(args.prompts, most, *tensor.shape[1:])
+             for name, tensor in ears.listen(made, repeated).items()}                     # (N, most, ...)
+    rows, numbers, chosen = [], {}, {}
+    for count in args.counts:
+        picked = every["reward"][:, :count].argmax(1)
+        chosen[count] = {name: values[np.arange(args.prompts), picked] for name, values in every.items()}
+        numbers[f"N = {count}"] = summary(chosen[count], real)
+        rows.append([count, *cells(numbers[f"N = {count}"])])
+    table, first = [], min(args.counts)
+    for count in args.counts:
+        if count != first:
+            change = gains([chosen[count]], chosen[first], real, seed=args.seed)
+            numbers[f"{count} against {first}"] = change
+            table.append([count, *(f"{v:+.4f} ({low:+.4f} to {high:+.4f})" for v, low, high in
+                                   (change[key] for key in SCORES)),
+                          "x {:.3f} ({:.3f} to {:.3f})".format(*change["frechet"])])
+    write_report(args, "Best of N by the reward", [
+        f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\"), {args.checkpoint[0]}.",
+        markdown(["N", *HEADS], rows), f"Differences to N = {first}:",
+        markdown(["N", *HEADS[:6], "Frechet ratio"], table)], numbers)
+
+
+def make_parser():
+    """All flags of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=["alignment", "best_of"], default="alignment",
+                        help="which table (default: alignment)")
+    group = parser.add_argument_group("what to compare")
+    group.add_argument("--checkpoint", nargs="+", default=[str(DEFAULT_CHECKPOINT)], help="model folders to judge")
+    group.add_argument("--against", default=str(DEFAULT_CHECKPOINT), help="the base (default: the bundled one)")
+    group.add_argument("--counts", type=int, nargs="+", default=[1, 5, 10, 15],
+                       help="the N of best_of (default: 1 5 10 15, as paper Table 5)")
+    group.add_argument("--prompts", type=int, default=1024, help="held-out prompts (default: 1024)")
+    group.add_argument("--pairs", choices=["seen", "unseen", "all"], default="unseen",
+                       help="pairs of events of the prompts (default: unseen)")
+    group.add_argument("--world_seed", type=int, default=0, help="of the prompts (default: 0)")
+    add_sampling_flags(parser)
+    group = parser.add_argument_group("who listens, and where to")
+    group.add_argument("--reward", default=str(REWARD), help="the CLAP that ranked (default: the bundled one)")
+    group.add_argument("--judge", default=str(JUDGE), help="the CLAP that judges (default: the bundled one)")
+    group.add_argument("--tagger", default=str(DEFAULT_CHECKPOINT), help="folder of both taggers")
+    group.add_argument("--cache", default="cache/evaluate", help="of generated latents (default: cache/evaluate)")
+    group.add_argument("--out", default="results", help="folder of the tables (default: results)")
+    group.add_argument("--batch_size", type=int, default=32, help="samples at a time (default: 32)")
+    group.add_argument("--dtype", choices=["float32"], default="float32", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv=None):
+    args = parse_arguments(make_parser(), argv)
+    check_sampling_flags(args)
+    in_range("--prompts", args.prompts, 2, 1e6)
+    if min(args.counts) < 1 or (args.command == "best_of" and len(args.checkpoint) > 1):
+        raise UserError("--counts must be at least 1, and best_of takes one --checkpoint")
+    compare(args) if args.command == "alignment" else best_of(args)
+    print("next: python sample.py --checkpoint FOLDER makes its clips again, to hear the difference")
+
+
+if __name__ == "__main__":
+    run_main(main)

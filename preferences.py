@@ -1,0 +1,133 @@
+"""From prompts to pairs of winner and loser: the first two steps of a CRPO iteration, or a static set (paper 2.5, 4.3).
+
+Each function makes one file of an iteration's folder, and reads it instead where it is found: prompts.jsonl,
+candidates.safetensors, scores.jsonl, pairs.jsonl with pairs.safetensors. `args` are the flags of crpo.py.
+
+Letters: M prompts, N clips of each, P pairs, L latent frames, C latent channels.
+"""
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import UserError, append_jsonl, generator, load_tensors, read_jsonl, save_tensors, warn, write_jsonl
+from reward import make_pairs, read_pairs
+from sample import decode, default_duration, generate, read_prompts
+
+
+def prompt_pool(args, max_duration):
+    """The pool that prompts are drawn from: rows {"prompt", "duration"} of --prompt_file or of training scenes."""
+    if args.prompt_file:
+        rows = read_prompts(args.prompt_file)
+        return [{"prompt": row["prompt"], "duration": min(row["duration"] or default_duration(max_duration),
+                                                           max_duration)} for row in rows]
+    from world import World
+    world = World("train", seed="crpo")
+    return [{"prompt": scene.prompt, "duration": scene.duration} for scene in map(world.scene, range(args.pool))]
+
+
+def draw_prompts(args, folder, iteration, pool):
+    """prompts.jsonl: M different rows of the pool, drawn anew in each iteration (paper 3.2)."""
+    path = folder / "prompts.jsonl"
+    if not path.is_file():
+        order = torch.randperm(len(pool), generator=generator(args.seed, "prompts", iteration))[:args.prompts]
+        rows = [{"prompt_id": int(i), **pool[i]} for i in order]
+        write_jsonl(path, rows)
+    return read_jsonl(path)
+
+
+def make_candidates(args, folder, seed, prompts, model):
+    """candidates.safetensors: latents (M * N, L, C), N of each prompt in a row; clip i is made from (seed, i)."""
+    path, parts = folder / "candidates.safetensors", folder / "candidates"
+    if path.is_file():
+        return load_tensors(path)["latents"]
+    rows = [row for row in prompts for _ in range(args.num_samples)]
+    for start in tqdm(range(0, len(rows), args.save_clips), desc="generating", unit=f" x {args.save_clips}"):
+        part, block = parts / f"{start:07d}.safetensors", rows[start:start + args.save_clips]
+        if not part.is_file():
+            latents = generate(model, [row["prompt"] for row in block], [row["duration"] for row in block], seed,
+                               range(start, start + len(block)), args.steps, args.guidance_scale, args.solver,
+                               batch_size=args.generation_batch)
+            save_tensors(part, {"latents": latents})
+    latents = torch.cat([load_tensors(part)["latents"] for part in sorted(parts.glob("*.safetensors"))])
+    save_tensors(path, {"latents": latents})
+    for part in parts.glob("*.safetensors"):
+        part.unlink()
+    parts.rmdir()
+    return latents
+
+
+def score_candidates(args, folder, seed, prompts, latents, model, clap, maker):
+    """scores.jsonl: the reward of every clip, unrounded, with what is needed to make it again -> (M, N)."""
+    path, rows = folder / "scores.jsonl", [row for row in prompts for _ in range(args.num_samples)]
+    done = read_jsonl(path) if path.is_file() else []
+    if len(done) < len(rows):                                              # whole blocks stay
+        done = done[:len(done) // args.save_clips * args.save_clips]
+        write_jsonl(path, done)
+    for start in tqdm(range(len(done), len(rows), args.save_clips), desc="scoring", unit=f" x {args.save_clips}"):
+        block = rows[start:start + args.save_clips]
+        audios = decode(model, latents[start:start + args.save_clips], [row["duration"] for row in block])
+        rewards = clap.scores(audios, model.codec.sampling_rate, [row["prompt"] for row in block])
+        for i, (row, value) in enumerate(zip(block, rewards.tolist()), start):
+            done.append({**row, "seed": seed, "index": i, "reward": value, "checkpoint": maker})
+            append_jsonl(path, done[-1])
+    return np.array([row["reward"] for row in done]).reshape(len(prompts), args.num_samples)
+
+
+def write_pairs(args, folder, prompts, scores, latents, model):
+    """pairs.jsonl and pairs.safetensors (mean and std of the winners' and losers' latents, (P, L, C) raw)."""
+    if not (folder / "pairs.safetensors").is_file():
+        winners, losers, kept = make_pairs(scores)
+        if not kept.any():
+            raise UserError(f"none of {len(prompts)} prompts makes a pair: all clips of a prompt score the same or "
+                            "NaN; raise --num_samples, or check the CLAP of --reward")
+        chosen = np.flatnonzero(kept)
+        rows = [{"prompt": prompts[m]["prompt"], "duration": prompts[m]["duration"],
+                 "winner": f"candidates.safetensors#{m * args.num_samples + winners[m]}",
+                 "loser": f"candidates.safetensors#{m * args.num_samples + losers[m]}",
+                 "reward_winner": scores[m, winners[m]], "reward_loser": scores[m, losers[m]]} for m in chosen]
+        write_jsonl(folder / "pairs.jsonl", rows)
+        places = {"winner": chosen * args.num_samples + winners[chosen],
+                  "loser": chosen * args.num_samples + losers[chosen]}
+        tensors = {}
+        for which, place in places.items():
+            mean, std = latents[torch.as_tensor(place)], torch.zeros(len(place), *latents.shape[1:])
+            if args.reencode:                              # through audio and VAE, as the official code
+                audios = decode(model, mean, [row["duration"] for row in rows])
+                mean, std = encode_all(model, audios)
+            tensors |= {f"{which}_mean": mean, f"{which}_std": std}
+        save_tensors(folder / "pairs.safetensors", tensors)
+        if not kept.all():
+            warn(f"{(~kept).sum()} of {len(kept)} prompts make no pair (equal or NaN scores)")
+    return read_jsonl(folder / "pairs.jsonl"), load_tensors(folder / "pairs.safetensors")
+
+
+def static_pairs(args, folder, model):
+    """The same two files from a static preference set (--pairs)."""
+    if not (folder / "pairs.safetensors").is_file():
+        from audio import read_audio
+        rows, notes = read_pairs(args.pairs, args.audio_dir)
+        for note in notes:
+            warn(note)
+        longest, tensors = model.flow.config["max_duration"], {}
+        for row in rows:
+            row["duration"] = min(row["duration"] or default_duration(longest), longest)
+        for which in ("winner", "loser"):
+            audios = [read_audio(row[which], model.codec.sampling_rate, model.codec.audio_channels, longest, "start")
+                      for row in tqdm(rows, desc=f"reading {which}s")]
+            tensors[f"{which}_mean"], tensors[f"{which}_std"] = encode_all(model, audios)
+        write_jsonl(folder / "pairs.jsonl", rows)
+        save_tensors(folder / "pairs.safetensors", tensors)
+    return read_jsonl(folder / "pairs.jsonl"), load_tensors(folder / "pairs.safetensors")
+
+
+@torch.inference_mode()
+def encode_all(model, audios, batch_size=8):
+    """Audio (channels, samples) -> posterior mean and std (N, L, C) of the model's length, silence added."""
+    from audio import fit_audio
+    samples = round(model.flow.config["max_duration"] * model.codec.sampling_rate)
+    device, pieces = next(model.codec.parameters()).device, []
+    for start in tqdm(range(0, len(audios), batch_size), desc="encoding"):
+        batch = torch.stack([fit_audio(audio, samples, "start") for audio in audios[start:start + batch_size]])
+        pieces.append([part[:, :model.flow.config["audio_seq_len"]].cpu()
+                       for part in model.codec.encode(batch.to(device))])
+    return tuple(torch.cat(column) for column in zip(*pieces))

@@ -1,0 +1,191 @@
+"""The reward: CLAP scores of many clips, ranking, and pairs of winner and loser (paper 2.5, A.3).
+
+    python reward.py score --audio out/0000_a-violin.wav --prompt "a violin followed by rain"
+    python reward.py score --audio a.wav --prompt "three beeps" --clap laion/clap-htsat-unfused     # the paper's
+    python reward.py train_clap                                          # the one that ranks -> runs/clap_reward
+    python reward.py train_clap --seed 1 --width 112 --text_width 144 --out runs/clap_judge     # the one that judges
+
+The CLAP that ranks never judges, as in the paper. Where the official code differs, we do this: scores are not
+rounded (its three decimals turn near ties into pairs by position); a prompt whose clips all score the same, or score
+NaN, makes no pair and is counted (it made pairs of a clip with itself); all N scores of a prompt are kept.
+
+Letters: M prompts, N clips of each.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import UserError, choose_device, in_range, parse_arguments, read_json, read_jsonl, run_main
+
+HERE = Path(__file__).resolve().parent
+REWARD = HERE / "checkpoints" / "toy" / "base" / "clap_reward"
+JUDGE = HERE / "checkpoints" / "toy" / "base" / "clap_judge"
+PROMPT_KEYS, WINNER_KEYS, LOSER_KEYS = ("prompt", "captions", "caption"), ("winner", "chosen"), (
+    "loser", "reject", "rejected")       # this project's, then TangoFlux's
+
+
+# ----------------------------------------------------------------------------- ranking
+
+def best_of(scores):
+    """Index of the best clip of each prompt, scores (M, N) -> (M,); of equals the first; NaN never wins.
+
+    Raises UserError if a prompt has only NaN.
+    """
+    scores = np.asarray(scores, dtype=float)
+    empty = np.flatnonzero(np.isnan(scores).all(1))
+    if len(empty):
+        raise UserError(f"all rewards of prompt {empty[0]} are NaN; is its audio silent or the CLAP broken?")
+    return np.nanargmax(scores, axis=1)
+
+
+def make_pairs(scores, min_margin=0.0):
+    """Best and worst clip of each prompt (paper 2.5), scores (M, N).
+
+    -> winners (M,), losers (M,), kept (M,) bool. Of equal scores the first counts, as in the official code. Not kept
+    are prompts with NaN among their scores and those whose margin is 0 or below `min_margin`.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise UserError(f"pairs need at least 2 clips of each prompt, not {scores.shape[-1]}; raise --num_samples")
+    usable = ~np.isnan(scores).any(1)
+    filled = np.where(usable[:, None], scores, 0.0)
+    winners, losers = filled.argmax(1), filled.argmin(1)
+    margin = np.take_along_axis(filled, winners[:, None], 1) - np.take_along_axis(filled, losers[:, None], 1)
+    return winners, losers, usable & (margin[:, 0] > max(min_margin, 0.0))
+
+
+# ----------------------------------------------------------------------------- static preference sets
+
+def read_pairs(path, audio_dir=None):
+    """A static preference set -> (rows {"prompt", "duration" or None, "winner", "loser"}, notes on what was left out).
+
+    `path`: this project's pairs.jsonl, or TangoFlux's JSON with captions, chosen and reject (Audio-Alpaca), as a list
+    or a line each. Sounds are looked for in `audio_dir`, default the file's folder. Rows whose sounds are missing or
+    the same are left out and counted; UserError if none remains or a row has no such keys.
+    """
+    path = Path(path)
+    rows = read_jsonl(path) if path.suffix.lower() == ".jsonl" else read_json_rows(path)
+    folder, pairs, left_out = Path(audio_dir) if audio_dir else path.parent, [], {"missing": [], "equal": []}
+    for number, row in enumerate(rows, 1):
+        found = [next((row[key] for key in keys if isinstance(row, dict) and isinstance(row.get(key), str)), None)
+                 for keys in (PROMPT_KEYS, WINNER_KEYS, LOSER_KEYS)]
+        for value, keys in zip(found, (PROMPT_KEYS, WINNER_KEYS, LOSER_KEYS)):
+            if value is None:
+                raise UserError(f"{path} row {number} has no {' or '.join(keys)}; a row looks like "
+                                '{"prompt": "...", "duration": 3.0, "winner": "a.wav", "loser": "b.wav"}')
+        duration = row.get("duration")
+        if not isinstance(duration, (int, float, type(None))) or (duration is not None and not 0 < duration < 1e6):
+            raise UserError(f"{path} row {number}: duration {duration!r} is not a positive number of seconds")
+        winner, loser = folder / found[1], folder / found[2]
+        if winner == loser:
+            left_out["equal"].append(number)
+        elif not (winner.is_file() and loser.is_file()):
+            left_out["missing"].append(f"{number} ({winner if not winner.is_file() else loser})")
+        else:
+            pairs.append({"prompt": found[0], "duration": duration, "winner": str(winner), "loser": str(loser)})
+    notes = [f"{path}: {len(left_out[key])} of {len(rows)} rows left out, {why}; first: row {left_out[key][0]}"
+             for key, why in (("missing", "a sound is missing"), ("equal", "winner and loser are one file"))
+             if left_out[key]]
+    if not pairs:
+        raise UserError("; ".join(notes) or f"{path} holds no pairs")
+    return pairs, notes
+
+
+def read_json_rows(path):
+    """The rows of a .json: a list, or one object a line (as TangoFlux's own files are)."""
+    try:
+        rows = read_json(path)
+    except UserError:
+        rows = read_jsonl(path)
+    return rows if isinstance(rows, list) else [rows]
+
+
+# ----------------------------------------------------------------------------- command line
+
+def score(args):
+    """Print the CLAP score of each --audio with its --prompt."""
+    from audio import read_audio
+    from clap import load_clap
+    prompts = args.prompt * len(args.audio) if len(args.prompt) == 1 else args.prompt
+    if len(prompts) != len(args.audio):
+        raise UserError(f"{len(args.prompt)} --prompt for {len(args.audio)} --audio; give one, or one each")
+    device = choose_device(args.device)
+    clap = load_clap(args.clap, device)
+    rate = clap.front.sampling_rate
+    for path, prompt in zip(args.audio, prompts):
+        value = clap.scores([read_audio(path, rate, 1)], rate, [prompt]).item()
+        print(f"{value:.6f}  {path}: {prompt[:100]}")
+    print('next: python sample.py --prompt "a violin followed by rain" --best_of 5 lets this score choose')
+
+
+def train_clap(args):
+    """Train a small CLAP on the world."""
+    import train_clap as training
+    finished = training.train(args)
+    print(f"wrote {args.out}: model.safetensors, config.json, preprocessor_config.json, tokenizer.json, log.jsonl"
+          + ("" if finished else "; stopped early, the same command goes on"))
+    print(f'next: python reward.py score --clap {args.out} --audio FILE --prompt "rain"')
+
+
+def make_parser():
+    """-> the parser and its two subparsers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    one = commands.add_parser("score", help="the score of audio files",
+                              description="How well audio fits a text: the cosine of CLAP's embeddings.")
+    one.add_argument("--audio", action="append", required=True, help="a sound file; may be repeated")
+    one.add_argument("--prompt", action="append", required=True, help="one for all files, or one each")
+    one.add_argument("--clap", default=str(REWARD), help="folder or hub id of a ClapModel (default: the bundled "
+                     "clap_reward; paper: laion/clap-htsat-unfused)")
+    one.set_defaults(run=score)
+    two = commands.add_parser("train_clap", help="train a small CLAP on the built-in world",
+                              description="A small ClapModel from scratch on scenes of the built-in world.")
+
+    def flag(group, name, default, what, kind=None, **more):
+        group.add_argument(name, default=default, type=kind or type(default), help=f"{what} (default: %(default)s)",
+                           **more)
+    group = two.add_argument_group("where")
+    flag(group, "--out", "runs/clap_reward", "run folder; a run found there is resumed")
+    flag(group, "--max_minutes", None, "stop training after so many; the same command goes on", float)
+    flag(group, "--dtype", "auto", "of the forward pass", choices=("auto", "float32", "bfloat16"))
+    group = two.add_argument_group("scenes")
+    flag(group, "--scenes", 20000, "training scenes, kept as log-mels in --out and in memory")
+    flag(group, "--val_scenes", 1024, "held-out scenes")
+    flag(group, "--scene_seed", 3000, "the scenes are those of World(seed=scene_seed + seed)")
+    flag(group, "--degraded", 0.25, "share of degraded scenes")
+    flag(group, "--workers", 2, "processes that render")
+    group = two.add_argument_group("network and optimizer")
+    flag(group, "--seed", 0, "initial weights, batches, captions and augmentation")
+    flag(group, "--width", 96, "of the audio tower's first stage; a multiple of 8")
+    flag(group, "--text_width", 128, "of the text tower; a multiple of 4")
+    flag(group, "--steps", 5000, "optimizer steps")
+    flag(group, "--batch_size", 48, "clips per step")
+    flag(group, "--learning_rate", 2e-3, "peak of AdamW's rate; warm-up, then cosine to zero")
+    flag(group, "--muon", 10.0, "the layers' matrices are trained by Muon at this times the rate; 0: AdamW for all")
+    flag(group, "--weight_decay", 0.05, "of AdamW, and at --muon times the rate of Muon")
+    flag(group, "--reading_weight", 0.1, "of telling events, places and counts from each tower")
+    flag(group, "--val_every", 250, "steps between checks on held-out scenes")
+    two.set_defaults(run=train_clap)
+    for one_parser in (one, two):
+        flag(one_parser, "--device", "auto", "auto, cuda, mps or cpu")
+    return parser, (one, two)
+
+
+def main(argv=None):
+    parser, commands = make_parser()
+    args = parse_arguments(parser, argv, commands)
+    limits = {"scenes": (1, 1e7), "val_scenes": (64, 1e6), "degraded": (0, 1), "workers": (1, 256),
+              "seed": (0, 2 ** 62), "width": (8, 1024), "text_width": (4, 4096), "steps": (1, 1e7),
+              "batch_size": (2, 4096), "learning_rate": (1e-8, 1), "muon": (0, 1000), "weight_decay": (0, 1),
+              "reading_weight": (0, 1000), "val_every": (1, 1e9), "max_minutes": (0, 1e6)}
+    for name, (low, high) in limits.items():
+        if getattr(args, name, None) is not None:
+            in_range(f"--{name}", getattr(args, name), low, high)
+    if getattr(args, "width", 8) % 8 or getattr(args, "text_width", 4) % 4:
+        raise UserError("--width must be a multiple of 8 and --text_width of 4")
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,190 @@
+"""CLAP: the front end and the network against the originals, saving, and the world's training of it."""
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+
+import train_clap
+from clap import FrontEnd, build, load_clap, load_weights
+from common import UserError, generator
+from world import EVENTS, World
+
+
+def small(seed=0):
+    """A Clap as small as the layout allows, random weights."""
+    return train_clap.new_clap(16, 16, seed)
+
+
+# ----------------------------------------------------------------------------- front end
+
+FIXTURE = dict(feature_size=64, sampling_rate=48000, hop_length=480, fft_window_size=1024, frequency_min=50,
+               frequency_max=14000, padding="repeatpad")
+
+
+@pytest.mark.parametrize("name", ["short", "exact"])
+def test_log_mel_matches_both_original_pipelines(parity, name):
+    tensors = parity("clap").load("clap_tiny_tensors")
+    length = parity("clap").info["frontend_max_length_used_here"]
+    audio = tensors[f"frontend.{name}.audio"]
+    for truncation, reference in (("rand_trunc", "transformers_rand_trunc"),
+                                  ("rand_trunc", "laion_unfused_logmel_no_quantisation"),
+                                  ("fusion", "transformers_fusion_first_of_4")):
+        front = FrontEnd(**FIXTURE, max_length_s=length / 48000, truncation=truncation)
+        mel, longer = front([audio])
+        assert mel.shape[1] == (4 if truncation == "fusion" else 1) and not longer.any()
+        assert (mel[0, 0] - tensors[f"frontend.{name}.{reference}"]).abs().max() < 1e-3, reference      # dB
+
+
+@pytest.mark.parametrize("truncation", ["rand_trunc", "fusion"])
+@pytest.mark.parametrize("padding", ["repeatpad", "repeat", "pad"])
+def test_front_end_equals_the_feature_extractor_at_every_length(truncation, padding):
+    from transformers import ClapFeatureExtractor
+    settings = {**FIXTURE, "max_length_s": 1, "truncation": truncation, "padding": padding}
+    extractor, front = ClapFeatureExtractor(**settings), FrontEnd(**settings)
+    for samples in (700, 20000, 24000, 48000, 48100, 100000):
+        audio = 0.3 * torch.randn(samples, generator=generator(samples))
+        np.random.seed(samples)                           # transformers draws its crops from the global state
+        theirs = extractor([audio.numpy()], sampling_rate=48000, return_tensors="pt")
+        ours, longer = front([audio], np.random.RandomState(samples))
+        assert ours.shape == theirs["input_features"].shape
+        assert (ours - theirs["input_features"]).abs().max() < 1e-3, samples
+        # 48100 has as many frames as 48000: not longer. Of clips that aren't, transformers marks a random one
+        assert longer[0, 0] == (samples > 48480 or (samples > 48000 and truncation == "rand_trunc"))
+    middle = front([torch.arange(100000) / 1e5])[0]
+    assert torch.equal(middle, front([torch.arange(100000) / 1e5])[0])             # nothing random by default
+
+
+def test_a_batch_of_unequal_clips_equals_each_alone():
+    front = FrontEnd(**FIXTURE, max_length_s=1, truncation="fusion")
+    clips = [0.1 * torch.randn(n, generator=generator(n)) for n in (9000, 60000, 48000, 30000)]
+    together, longer = front(clips)
+    for i, clip in enumerate(clips):
+        assert torch.equal(together[i], front([clip])[0][0]) and longer[i, 0] == (len(clip) > 48000)
+
+
+# ----------------------------------------------------------------------------- the network
+
+def test_network_matches_the_original(parity):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    fixture = parity("clap")
+    tensors, weights = fixture.load("clap_tiny_tensors"), fixture.load("clap_tiny")
+    config = {"text_config": fixture.info["text_config"], "audio_config": fixture.info["audio_config"],
+              "projection_dim": fixture.info["text_config"]["projection_dim"]}
+    ours = build(config, Tokenizer(WordLevel({"<unk>": 0}, "<unk>")), {**FIXTURE, "truncation": "rand_trunc"})
+    load_weights(ours, weights, "clap_tiny")
+    ours.eval()
+    with torch.no_grad():
+        audio = ours.audio_features(tensors["input_features"], tensors["is_longer"].bool())
+        text = ours.text_features(tensors["input_ids"], tensors["attention_mask"])
+    assert relative_error(audio, tensors["audio_embeds"]) < 1e-5
+    assert relative_error(text, tensors["text_embeds"]) < 1e-5
+    assert relative_error(audio @ text.T, tensors["similarity_matrix_audio_by_text"]) < 1e-4
+    assert relative_error((audio * text).sum(1), tensors["cosine_similarity_per_pair"]) < 1e-4
+
+
+def test_saved_folder_is_read_here_and_by_transformers(tmp_path):
+    from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
+    ours = small().eval()
+    ours.save(tmp_path)
+    again, theirs = load_clap(tmp_path), ClapModel.from_pretrained(tmp_path).eval()
+    audio, prompts = [0.2 * torch.randn(1, 30000, generator=generator(0))], ["rain, then \U0001f600"]
+    assert torch.equal(ours.scores(audio, 16000, prompts), again.scores(audio, 16000, prompts))
+    mel = ClapFeatureExtractor.from_pretrained(tmp_path)([audio[0][0].numpy()], sampling_rate=16000,
+                                                         return_tensors="pt")["input_features"]
+    ids = AutoTokenizer.from_pretrained(tmp_path)(prompts, return_tensors="pt")
+    with torch.no_grad():
+        score = (theirs.get_audio_features(mel).pooler_output * theirs.get_text_features(
+            ids["input_ids"], ids["attention_mask"]).pooler_output).sum()
+    assert score.item() == pytest.approx(again.scores(audio, 16000, prompts).item(), abs=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batch_and_long_texts_are_cut():
+    ours = small().eval()
+    clips = [0.1 * torch.randn(n, generator=generator(n)) for n in (8000, 64000, 70000, 16000, 3000)]
+    prompts = ["rain", "wind, then rain", "a violin and rain", "three beeps", "rain " * 500]
+    together = ours.scores(clips, 16000, prompts, batch_size=5)
+    for i in range(5):
+        assert ours.scores([clips[i]], 16000, [prompts[i]]).item() == pytest.approx(together[i].item(), abs=1e-5)
+    with pytest.raises(UserError, match="clip 1 is empty"):
+        ours.embed_audio([clips[0], torch.zeros(0)], 16000)
+
+
+def test_wrong_folders_are_one_line(tmp_path):
+    small().save(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"truncation": "fusion"}')
+    with pytest.raises(UserError, match="disagree about fusion"):
+        load_clap(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="refused"):
+        load_clap(tmp_path)
+
+
+# ----------------------------------------------------------------------------- training on the world
+
+def fits(events, relation, truth):
+    """Does a caption of (name, count) events in a relation hold for the scene `truth`?"""
+    heard = [(event.name, event.count) for event in truth.events]
+    if relation != truth.relation and len(events) > 1 or len(events) != len(heard):
+        return False
+    if relation != "then":
+        events, heard = sorted(events, key=str), sorted(heard, key=str)
+    return all(a[0] == b[0] and a[1] in (None, b[1]) for a, b in zip(events, heard))
+
+
+def test_near_misses_are_never_true(monkeypatch):
+    told = []
+    real = train_clap.caption
+    monkeypatch.setattr(train_clap, "caption", lambda rng, relation, events: (
+        told.append((list(events), relation)), real(rng, relation, events))[1])
+    world, kinds = World("train", pairs="all", relations=(.2, .3, .25, .25), counted=0.8), 0
+    for index in range(150):
+        scene, told[:] = world.scene(index), []
+        misses = train_clap.near_misses(np.random.default_rng(index), scene.relation,
+                                        [(event.name, event.count) for event in scene.events], 4)
+        assert len(set(misses)) == 4
+        for events, relation in told:
+            assert not fits(events, relation, scene), (scene.prompt, events, relation)
+            assert all(name in EVENTS and (count is None or EVENTS[name].counted) for name, count in events)
+        kinds += len({(len(events), relation) for events, relation in told})
+    assert kinds > 300                                     # more than one kind a scene
+
+
+def test_contrastive_loss_closed_forms():
+    eye = torch.eye(4)
+    nothing = torch.zeros(4, 4, dtype=torch.bool)
+    loss, ranked = train_clap.contrastive_loss(eye, eye, -eye, 0.0, 0.0, nothing)          # all logits equal
+    assert loss.item() == pytest.approx((np.log(8) + np.log(4)) / 2, rel=1e-6) and ranked == 1
+    loss, ranked = train_clap.contrastive_loss(eye, eye, eye, 100.0, 100.0, nothing)       # its miss is as near
+    assert loss.item() == pytest.approx(np.log(2) / 2, abs=1e-5) and ranked == 0
+    twins = torch.tensor([[1.0, 0], [1.0, 0]])
+    same = torch.ones(2, 2, dtype=torch.bool)
+    loss, _ = train_clap.contrastive_loss(twins, twins, -twins, 50.0, 50.0, same)          # the twin is no mistake
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_training_learns_and_resumes_exactly(tmp_path):
+    import argparse
+    from common import load_tensors
+
+    def run(out, steps, stop=None):
+        args = argparse.Namespace(out=out, device="cpu", dtype="float32", scene_seed=3000, seed=0, scenes=64,
+                                  val_scenes=64, degraded=0.0, workers=1, width=16, text_width=16, steps=steps,
+                                  batch_size=16, learning_rate=2e-3, muon=10.0, weight_decay=0.0,
+                                  reading_weight=0.1, max_minutes=stop, val_every=1000)
+        return train_clap.train(args)
+    assert run(tmp_path / "whole", 30)
+    (tmp_path / "parts").mkdir()
+    for name in ("scenes", "val_scenes"):
+        (tmp_path / "whole" / name).rename(tmp_path / "parts" / name)
+    assert not run(tmp_path / "parts", 30, stop=0.0)       # one step
+    assert run(tmp_path / "parts", 30)
+    whole, parts = (load_tensors(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    from common import read_jsonl
+    rows = read_jsonl(tmp_path / "whole" / "log.jsonl")
+    assert rows[-1]["loss"] < 8 and set(rows[-1]) >= {"val_ranked", "val_recall"}
+    start = small(0).clap.state_dict()
+    still = [name for name, tensor in start.items() if tensor.is_floating_point()
+             and torch.equal(tensor.half(), whole[name])]
+    assert not [name for name in still if not name.endswith("bias") and "logit_scale" not in name]

@@ -1,0 +1,297 @@
+"""Training of the two small CLAPs of the built-in world: `python reward.py train_clap`.
+
+Contrast alone teaches which sounds are there; order and number are learned late, since a batch seldom holds the same
+sounds twice. So each clip also stands beside near misses, captions of almost the same scene: two sounds exchanged,
+another count, "and" for "then", one sound replaced, added or left out. And during training a linear layer on each
+tower has to say which event has which place and count (as reading.py teaches the flow's text encoder); it is thrown
+away. The audio is spoiled in each batch as for the taggers, so that clips of a codec and a generator are no news.
+
+Letters: B batch, H near misses of a clip, D embedding width, F mel frames (16 ms), M mel bands, N scenes,
+R read-outs (4 places x events + counts).
+"""
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as functional
+from tqdm import tqdm
+
+from clap import build
+from common import (UserError, append_jsonl, atomic_path, check_writable, choose_device, generator, load_tensors,
+                    derive_seed, read_json, read_jsonl, save_tensors, write_json, write_jsonl)
+from reading import PLACES, reading_targets
+from text import make_tokenizer
+from train_tagger import augment, batch_indices
+from training import choose_dtype, cosine_decay, make_optimizer, set_rate, trim_log
+from world import COUNTABLE, EVENT_NAMES, NUMBERS, Scene, SceneEvent, World, caption, known_words
+
+# 64 mels x 251 frames of 16 ms, stretched to a 128 x 128 image whose upper half holds the first two seconds.
+# Silence after a short clip, not repetition: "three beeps" must stay three.
+PREPROCESSOR = dict(feature_extractor_type="ClapFeatureExtractor", feature_size=64, sampling_rate=16000,
+                    hop_length=256, max_length_s=4, fft_window_size=1024, frequency_min=50, frequency_max=8000,
+                    truncation="rand_trunc", padding="pad", padding_value=0.0, top_db=None)
+HARDER = {"relations": (0.1, 0.35, 0.3, 0.25), "counted": 0.5}          # mixtures and counts are learned slowest
+NEAR_MISSES = 4
+LARGEST_SCALE = math.log(100)                                           # as CLIP: logits at most 100 times the cosine
+
+
+def new_clap(width, text_width, seed):
+    """A toy Clap: two HTSAT stages of `width` and 2 * width; three RoBERTa layers of `text_width`."""
+    tokenizer = make_tokenizer(known_words(), ("<s>", "<pad>", "</s>", "<unk>"), "<s> $A </s>")
+    text = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=text_width, num_hidden_layers=3,
+                num_attention_heads=4, intermediate_size=2 * text_width, max_position_embeddings=82,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    audio = dict(window_size=8, num_mel_bins=64, spec_size=128, patch_size=8, patch_stride=[8, 8], depths=[2, 2],
+                 num_attention_heads=[4, 8], num_hidden_layers=2, patch_embeds_hidden_size=width,
+                 hidden_size=2 * width, mlp_ratio=3.0, hidden_dropout_prob=0.0, num_classes=1)
+    return build({"text_config": text, "audio_config": audio, "projection_dim": 128}, tokenizer, PREPROCESSOR, seed)
+
+
+# ----------------------------------------------------------------------------- captions that are wrong by a little
+
+def near_misses(rng, relation, events, number):
+    """`number` different captions that are nearly those of a scene of (name, count or None), but false.
+
+    The kinds are drawn in turn from those that the scene allows. A count that the caption does not name is not
+    changed: "beeping" is right for any number of beeps.
+    """
+    names, wrong = [name for name, _ in events], set()
+
+    def other():
+        return EVENT_NAMES[rng.integers(len(EVENT_NAMES))], None
+
+    while len(wrong) < number:
+        changed, turned = list(events), relation
+        kind, place = rng.integers(5), rng.integers(len(events))
+        if kind == 0 and relation == "then":                            # two neighbours exchanged
+            place = rng.integers(len(events) - 1)
+            changed[place:place + 2] = changed[place + 1], changed[place]
+        elif kind == 1 and events[place][1]:                            # another count
+            changed[place] = (names[place], int(rng.choice([count for count in NUMBERS if count != events[place][1]])))
+        elif kind == 2 and len(events) == 2:                            # "and" for "then", or the reverse
+            turned = "then" if relation == "and" else "and"
+            changed = changed if rng.random() < 0.5 else changed[::-1]
+        elif kind == 3:                                                 # one replaced
+            changed[place] = other()
+        elif kind == 4 and len(events) > 1 and rng.random() < 0.5:      # one left out
+            del changed[place]
+        elif kind == 4 and len(events) < 3 and relation != "and":       # one added
+            changed.insert(rng.integers(len(events) + 1), other())
+            turned = "then" if relation == "then" or rng.random() < 0.5 else "and"
+        else:
+            continue
+        chosen = [name for name, _ in changed]
+        if len(set(chosen)) < len(chosen) or (changed == list(events) and turned == relation):
+            continue
+        turned = "single" if len(changed) == 1 else ("then" if len(changed) == 3 else turned)
+        wrong.add(caption(rng, turned, changed))
+    return sorted(wrong)
+
+
+def story(scene):
+    """What makes two scenes of the world the same to a caption: relation, names and counts, in order for "then"."""
+    parts = [(event.name, event.count) for event in scene.events]
+    return scene.relation, tuple(parts if scene.relation == "then" else sorted(parts, key=str))
+
+
+# ----------------------------------------------------------------------------- scenes
+
+def _render(job):
+    """One worker's share: log-mels (n, F, M) float16 and the scenes as dicts."""
+    torch.set_num_threads(1)
+    from clap import FrontEnd
+    settings, indices = job
+    source, front, mels, rows = World(**settings), FrontEnd(**PREPROCESSOR), [], []
+    for index in indices:
+        audio, scene = source.render(index)
+        mels.append(front.log_mel(torch.from_numpy(audio)[None, :front.samples])[0].half().numpy())
+        rows.append(dataclasses.asdict(scene))
+    return np.stack(mels), rows
+
+
+def render_scenes(folder, settings, count, workers, chunk=50):
+    """Scenes 0..count-1 of World(**settings): log-mels (N, F, M) float16 and Scenes, kept in `folder` for a resume."""
+    key, folder = {"world": World(**settings).settings(), "scenes": count, "front": PREPROCESSOR}, Path(folder)
+    made = folder / "scenes.json"
+    if not (made.is_file() and read_json(made) == json.loads(json.dumps(key))):
+        jobs = [(settings, range(start, min(start + chunk, count))) for start in range(0, count, chunk)]
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            parts = list(tqdm(pool.imap(_render, jobs), "rendering", len(jobs), unit=f" x {chunk}"))
+        save_tensors(folder / "scenes.safetensors", {"mels": torch.from_numpy(np.concatenate([p[0] for p in parts]))})
+        write_jsonl(folder / "scenes.jsonl", [row for part in parts for row in part[1]])
+        write_json(made, key)                                           # last: it says that the others are whole
+    scenes = [Scene(**{**row, "events": [SceneEvent(**event) for event in row["events"]]})
+              for row in read_jsonl(folder / "scenes.jsonl")]
+    return load_tensors(folder / "scenes.safetensors")["mels"], scenes
+
+
+def spoiled(mels, random):
+    """Log-mels in dB (B, F, M) as other machines would leave them: train_tagger.augment, whose unit is 20 dB."""
+    batch, frames, _ = mels.shape
+    nothing = torch.zeros(batch, -(-frames // 4), 1), torch.zeros(batch, -(-frames // 2), 1)
+    return augment(mels.transpose(1, 2) / 20, *nothing, random)[0].transpose(1, 2) * 20
+
+
+def texts_of(scene, rng):
+    """A caption of the scene in new words, and its near misses."""
+    events = [(event.name, event.count) for event in scene.events]
+    return caption(rng, scene.relation, events), near_misses(rng, scene.relation, events, NEAR_MISSES)
+
+
+# ----------------------------------------------------------------------------- the loss
+
+def contrastive_loss(audio, text, misses, scale_audio, scale_text, same):
+    """Symmetric cross-entropy (CLIP) in which every clip also sees all near misses; (loss, share ranked right).
+
+    audio, text (B, D) and misses (B * H, D) of unit length; scales: the two factors on the cosines; same (B, B)
+    bool: clip i and caption j tell the same story, so that j is no wrong answer for i (its diagonal is not read).
+    """
+    right = torch.arange(len(audio), device=audio.device)
+    banned = same & ~torch.eye(len(audio), dtype=torch.bool, device=audio.device)
+    cosines = audio @ text.T                                                               # (B, B)
+    rows = torch.cat([(scale_audio * cosines).masked_fill(banned, -math.inf), scale_audio * audio @ misses.T], dim=1)
+    columns = (scale_text * cosines.T).masked_fill(banned, -math.inf)                      # (B, B)
+    loss = (functional.cross_entropy(rows, right) + functional.cross_entropy(columns, right)) / 2
+    own = (audio[:, None] * misses.view(len(audio), -1, misses.shape[1])).sum(-1)          # (B, H)
+    return loss, (cosines.diagonal() > own.amax(1)).float().mean()
+
+
+class ReadOut(nn.Module):
+    """Linear layers that tell events, places and counts from the pooled outputs of both towers."""
+
+    def __init__(self, audio_width, text_width):
+        super().__init__()
+        size = len(PLACES) * len(EVENT_NAMES) + len(NUMBERS) * len(COUNTABLE)
+        self.audio, self.text = nn.Linear(audio_width, size), nn.Linear(text_width, size)
+        for layer in (self.audio, self.text):
+            nn.init.zeros_(layer.weight)
+            nn.init.constant_(layer.bias, -4.0)                         # most things are not there
+
+    def forward(self, audio, text, targets):
+        """Pooled (B, width) of both towers, targets (B, R) -> the sum of both cross-entropies, mean over clips."""
+        counts = targets[:, -len(NUMBERS) * len(COUNTABLE):].any(1, keepdim=True)     # only where a caption counts
+        known = torch.ones_like(targets)
+        known[:, -len(NUMBERS) * len(COUNTABLE):] = counts.float()
+        losses = [functional.binary_cross_entropy_with_logits(layer(pooled.float()), targets, reduction="none")
+                  for layer, pooled in ((self.audio, audio), (self.text, text))]
+        return (losses[0] * known).sum(1).mean() + losses[1].sum(1).mean()
+
+
+def forward(clap, mels, scenes, texts, misses):
+    """Both towers -> audio (B, D), text (B, D), misses (B * H, D), and the pooled vectors before the projections."""
+    longer = torch.zeros(len(mels), 1, dtype=torch.bool, device=mels.device)
+    heard = clap.clap.audio_model(input_features=mels[:, None], is_longer=longer).pooler_output
+    ids, mask = clap.tokenize([*texts, *(miss for row in misses for miss in row)])
+    read = clap.clap.text_model(input_ids=ids, attention_mask=mask.long()).pooler_output
+    audio = functional.normalize(clap.clap.audio_projection(heard).float(), dim=-1)
+    text = functional.normalize(clap.clap.text_projection(read).float(), dim=-1)
+    return audio, text[:len(mels)], text[len(mels):], heard, read[:len(mels)]
+
+
+@torch.no_grad()
+def check(clap, mels, scenes, batch_size=64):
+    """Held-out scenes: share of clips nearer to their caption than to all near misses, and recall@1 in batches."""
+    ranked, found = [], []
+    for start in range(0, len(scenes) - batch_size + 1, batch_size):
+        rows = range(start, start + batch_size)
+        texts, misses = zip(*(texts_of(scenes[i], np.random.default_rng(derive_seed("check", i))) for i in rows))
+        audio, text, wrong, *_ = forward(clap, mels[start:start + batch_size].float().to(clap.device),
+                                         [scenes[i] for i in rows], texts, misses)
+        cosines = audio @ text.T
+        own = (audio[:, None] * wrong.view(len(audio), -1, wrong.shape[1])).sum(-1)
+        ranked += (cosines.diagonal() > own.amax(1)).tolist()
+        found += (cosines.argmax(1).cpu() == torch.arange(len(audio))).tolist()
+    return float(np.mean(ranked)), float(np.mean(found))
+
+
+# ----------------------------------------------------------------------------- the loop
+
+def in_a_layer(name, parameter):
+    """Whether Muon trains this tensor: the attention and MLP matrices of both towers' layers."""
+    return parameter.ndim == 2 and (".layer." in name or ".blocks." in name) and "bias_table" not in name
+
+
+
+def train(args):
+    """Train a Clap with the settings of `reward.py train_clap`; a killed run goes on exactly. -> the folder."""
+    out = Path(args.out)
+    check_writable([out / "log.jsonl"])
+    device = choose_device(args.device)
+    autocast = choose_dtype(args.dtype, device)
+    world = {"seed": args.scene_seed + args.seed, "degraded": args.degraded, "pairs": "all"}
+    mels, scenes = render_scenes(out / "scenes", {**world, **HARDER, "split": "train"}, args.scenes, args.workers)
+    val_mels, val_scenes = render_scenes(out / "val_scenes", {**world, "split": "val"}, args.val_scenes, args.workers)
+    clap = new_clap(args.width, args.text_width, args.seed).to(device)
+    readout = ReadOut(2 * args.width, args.text_width).to(device)
+    with torch.no_grad():                                               # BatchNorm's place in the original: mels in dB
+        clap.clap.audio_model.audio_encoder.batch_norm.running_mean.fill_(-40)
+        clap.clap.audio_model.audio_encoder.batch_norm.running_var.fill_(900)
+    both = nn.ModuleDict({"clap": clap.clap, "readout": readout})
+    optimizer = make_optimizer(dict(both.named_parameters()), (0.9, 0.98), args.weight_decay, args.muon, in_a_layer)
+    print(f"CLAP: {sum(p.numel() for p in clap.clap.parameters()) / 1e6:.2f} M parameters")
+    settings = {name: getattr(args, name) for name in ("seed", "scene_seed", "scenes", "degraded", "width",
+                                                       "text_width", "steps", "batch_size", "learning_rate",
+                                                       "weight_decay", "reading_weight")}
+    state_path, step = out / "state.pt", 0
+    if state_path.is_file():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        if state["settings"] != json.dumps(settings):
+            raise UserError(f"{out} holds a run with other settings; give the same flags to go on, or another --out")
+        both.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        print(f"resumed {out} at step {step}")
+    trim_log(out, step)
+    clap.train()
+    started, late, targets = time.monotonic(), False, (EVENT_NAMES, COUNTABLE, NUMBERS)
+    bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None)
+    while step < args.steps and not late:
+        rows = batch_indices(args.seed, step, len(scenes), args.batch_size)
+        batch = [scenes[i] for i in rows]
+        texts, misses = zip(*(texts_of(scene, np.random.default_rng(derive_seed(args.seed, "text", step, i)))
+                              for i, scene in enumerate(batch)))
+        heard = spoiled(mels[rows].float(), generator(args.seed, "augment", step)).to(device)
+        stories = [story(scene) for scene in batch]
+        same = torch.tensor([[a == b for b in stories] for a in stories], device=device)
+        set_rate(optimizer, cosine_decay(step, args.learning_rate, min(100, args.steps // 10 + 1), args.steps))
+        with autocast():
+            audio, text, wrong, pooled_audio, pooled_text = forward(clap, heard, batch, texts, misses)
+        scales = clap.clap.logit_scale_a.exp(), clap.clap.logit_scale_t.exp()
+        contrast, ranked = contrastive_loss(audio, text, wrong, *scales, same)
+        reading = readout(pooled_audio, pooled_text, reading_targets(batch, *targets).to(device))
+        loss = contrast + args.reading_weight * reading
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for scale in (clap.clap.logit_scale_a, clap.clap.logit_scale_t):
+                scale.clamp_(max=LARGEST_SCALE)
+        step += 1
+        bar.update()
+        late = args.max_minutes is not None and time.monotonic() - started > 60 * args.max_minutes
+        last = step == args.steps or late
+        if last or step % 20 == 0:
+            row = {"step": step, "loss": loss.item(), "contrast": contrast.item(), "reading": reading.item(),
+                   "ranked": ranked.item(), "scale": scales[0].item()}
+            if last or step % args.val_every == 0:
+                clap.eval()
+                row["val_ranked"], row["val_recall"] = check(clap, val_mels, val_scenes)
+                clap.train()
+                tqdm.write(f"step {step}: loss {loss.item():.3f}; held-out scenes nearer to their caption than to all "
+                           f"near misses: {row['val_ranked']:.3f}; recall@1 of 64: {row['val_recall']:.3f}")
+            append_jsonl(out / "log.jsonl", row)
+        if last or step % 100 == 0:
+            with atomic_path(state_path) as temporary:
+                torch.save({"weights": both.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                            "settings": json.dumps(settings)}, temporary)
+    bar.close()
+    clap.eval()
+    clap.save(out, torch.float16)
+    return step == args.steps
