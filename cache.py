@@ -205,6 +205,9 @@ def world_cache(folder, codec, split="train", scenes=TRAIN_SCENES, seed=0, pairs
     return build(folder, settings, codec, scenes, batch, read)
 
 
+WORLD_FLAGS = ("scenes", "val_scenes", "world_seed", "relations", "counted")  # without effect on a manifest
+
+
 def add_world_flags(group):
     """--world_seed, --relations, --counted: which scenes of the world a flow is trained on."""
     group.add_argument("--world_seed", type=int, default=0,
@@ -403,7 +406,9 @@ def parse_args():
     for name, low, high in (("scenes", 1, 1e8), ("val_scenes", 1, 1e8), ("max_duration", 0.1, 600),
                             ("max_text_length", 2, 100000), ("workers", 0, 256)):
         in_range(f"--{name}", getattr(args, name), low, high)
-    check_data_flags(args)
+    check_data_flags(args, parser, ("max_duration",), WORLD_FLAGS)
+    if args.max_text_length != parser.get_default("max_text_length") and not args.with_text:
+        raise UserError("--max_text_length would have no effect without --with_text; leave one or the other out")
     return args
 
 

@@ -52,12 +52,16 @@ def add_data_flags(parser):
                             "the official code: start)")
 
 
-def check_data_flags(args):
-    """Raise UserError for a flag that describes a manifest where none is given."""
-    given = [name for name in ("audio_dir", "audio_key", "caption_key", "duration_key", "score_key")
-             if getattr(args, name) is not None]
-    if given and not args.data:
-        raise UserError(f"--{given[0]} would have no effect without --data; give the manifest, or leave it out")
+def check_data_flags(args, parser, manifest=(), world=()):
+    """Raise UserError for a flag that describes a manifest where none is given, or the world where one is.
+
+    `manifest`, `world`: names of such flags besides those of `add_data_flags`.
+    """
+    keys = ("audio_dir", "audio_key", "caption_key", "duration_key", "score_key", "crop")
+    useless, why = (world, "with --data") if args.data else ((*keys, *manifest), "without --data")
+    given = [f"--{name}" for name in useless if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise UserError(f"{' and '.join(given)} would have no effect {why}; leave one or the other out")
 
 
 def manifest_rows(args):
@@ -281,7 +285,8 @@ def parse_args():
     in_range("--degraded", args.degraded, 0, 1)
     in_range("--sampling_rate", args.sampling_rate, 1000, 384000)
     in_range("--max_duration", args.max_duration, 0.1, 600)
-    check_data_flags(args)
+    check_data_flags(args, parser, ("sampling_rate", "channels", "max_duration"),
+                     ("split", "pairs", "degraded", "seed"))
     return args
 
 

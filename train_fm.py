@@ -37,8 +37,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cache import (TRAIN_SCENES, VAL_SCENES, add_world_flags, default_folder, gather, manifest_cache, prepare,
-                   world_cache, world_mix)
+from cache import (TRAIN_SCENES, VAL_SCENES, WORLD_FLAGS, add_world_flags, default_folder, gather, manifest_cache,
+                   prepare, world_cache, world_mix)
 from common import (UserError, append_jsonl, check_writable, derive_seed, generator, in_range, parse_arguments,
                     run_main, warn)
 from training import (average_decay, choose_dtype, draw_log, export, linear_decay, load_state, log_line,
@@ -462,7 +462,7 @@ def parse_args(arguments=None):
     if args.steps and args.epochs:
         raise UserError("--steps would have no effect beside --epochs; leave one out")
     args.steps = args.steps if args.steps is not None or args.epochs else STEPS
-    check_data_flags(args)
+    check_data_flags(args, parser, ("validation_fraction",), WORLD_FLAGS)
     if args.muon is None:
         args.muon = 10.0 if args.preset == "toy" and not args.checkpoint else 0.0
     args.out = args.out or ("runs/tuned" if args.checkpoint else "runs/base")

@@ -422,7 +422,7 @@ def fill_defaults(args):
         in_range(f"--{name}", getattr(args, name), 0, 1e6)
     for name in ("beta1", "beta2"):
         in_range(f"--{name}", getattr(args, name), 0, 0.99999)
-    data.check_data_flags(args)
+    data.check_data_flags(args, flags(), world=("degraded",))
     in_range("--degraded", args.degraded, 0, 1)
     in_range("--seed", args.seed, 0, 2 ** 63)
     if args.overfit is not None:

@@ -320,10 +320,13 @@ def test_wrong_input_is_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "r" / "state.pt").write_bytes(b"PK torn")
     with pytest.raises(UserError, match="not a whole training state"):
         run(tiny, tmp_path / "r", "--steps", "1")
-    for bad in (["--steps", "0"], ["--learning_rate", "nan"], ["--dropout", "1.5"], ["--muon", "-1"], ["--batch_size", "-3"]):
+    for bad in (["--steps", "0"], ["--learning_rate", "nan"], ["--dropout", "1.5"], ["--muon", "-1"],
+                ["--batch_size", "-3"]):
         with pytest.raises(UserError, match=bad[0]):
             train_fm.parse_args(bad)
-    for useless in (["--steps", "3", "--epochs", "2"], ["--audio_dir", "x"]):
+    for useless in (["--steps", "3", "--epochs", "2"], ["--audio_dir", "x"], ["--crop", "start"],
+                    ["--validation_fraction", "0.1"], ["--scenes", "5", "--data", "x.jsonl"],
+                    ["--relations", "1", "1", "1", "1", "--data", "x.jsonl"]):
         with pytest.raises(UserError, match=f"{useless[0]} would have no effect"):
             train_fm.parse_args(useless)
     monkeypatch.setattr(train_fm, "batch_loss", lambda flow, encoder, batch, *_: (
