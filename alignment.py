@@ -137,7 +137,7 @@ def compare(args):
         f"{args.solver} steps, guidance {args.guidance_scale:g}.",
         markdown(["model", *HEADS], rows),
         f"Differences to {args.against}, in brackets their 95 % intervals over prompts (Frechet distance: the ratio):",
-        markdown(["model", *HEADS[:6], "Frechet ratio"], table)], numbers)
+        markdown(["model", *HEADS[:6], "Frechet ratio"], table)], numbers, "alignment.py")
 
 
 def best_of(args):
@@ -168,7 +168,7 @@ def best_of(args):
     write_report(args, "Best of N by the reward", [
         f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\"), {args.checkpoint[0]}.",
         markdown(["N", *HEADS], rows), f"Differences to N = {first}:",
-        markdown(["N", *HEADS[:6], "Frechet ratio"], table)], numbers)
+        markdown(["N", *HEADS[:6], "Frechet ratio"], table)], numbers, "alignment.py")
 
 
 def make_parser():

@@ -129,10 +129,10 @@ def markdown(heads, rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def write_report(args, title, parts, numbers):
+def write_report(args, title, parts, numbers, script="evaluate.py"):
     """Print the report and write results/NAME.md and .json. parts: texts and tables, in order."""
-    given = sys.argv[1:] if sys.argv[0].endswith("evaluate.py") else [args.command]
-    command = f"python evaluate.py {shlex.join(given)}"
+    given = sys.argv[1:] if sys.argv[0].endswith(script) else [args.command]
+    command = f"python {script} {shlex.join(given)}"
     text = "\n\n".join([f"# {title}", f"    {command}", *parts]) + "\n"
     path = Path(args.out) / f"{args.command}.md"
     with atomic_path(path) as temporary:

@@ -158,3 +158,19 @@ def test_gather_pads_to_the_longest_of_the_batch(tmp_path, codec, encoder, froze
         if frozen:
             assert torch.allclose(hidden[row][mask[row]], encoder.encode(own, own > 0)[0], atol=5e-3)
     assert (hidden is not None) == frozen
+
+
+def test_world_flags_decide_the_scenes_and_the_key(tmp_path, codec):
+    import argparse
+    from cache import add_world_flags, world_mix
+    parser = argparse.ArgumentParser()
+    add_world_flags(parser)
+    assert world_mix(parser.parse_args([])) == {"seed": 0}
+    mix = world_mix(parser.parse_args(["--world_seed", "3", "--counted", "1", "--relations", "1", "0", "0", "0"]))
+    made = cache.world_cache(tmp_path / "a", codec, scenes=12, workers=0, **mix)
+    assert {row["relation"] for row in made.rows} == {"single"}
+    plain = cache.world_cache(tmp_path / "b", codec, scenes=12, workers=0, seed=3)
+    assert plain.key != made.key and [row["prompt"] for row in plain.rows] != [row["prompt"] for row in made.rows]
+    for wrong in (["--counted", "2"], ["--relations", "0", "1", "1", "1"], ["--relations", "1", "nan", "1", "1"]):
+        with pytest.raises(UserError):
+            world_mix(parser.parse_args(wrong))

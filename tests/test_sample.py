@@ -2,7 +2,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from conftest import PICTURES, relative_error
 
@@ -246,6 +248,41 @@ def test_many_prompts_and_files(folder, tmp_path):
     assert sizes == {f"{i:04d}_{name}.wav": 44 + 2 * samples for i, (name, samples) in enumerate(
         [("a-violin", 6400)] * 2 + [("rain", 3200)] * 2 + [("wind", 6400)] * 2)}
     assert len(list((tmp_path / "out").glob("*.png"))) == 6 * PICTURES
+
+
+def test_first_index_makes_a_sample_of_a_batch_again(folder, tmp_path):
+    run(folder, "--prompt", "rain", "--duration", "0.4", "--num_samples", "4", "--output", tmp_path / "four")
+    run(folder, "--prompt", "rain", "--duration", "0.4", "--first_index", "2", "--output", tmp_path / "one.wav")
+    ours, theirs = (sf.read(path)[0] for path in (tmp_path / "one.wav", tmp_path / "four" / "0002_rain.wav"))
+    assert np.abs(ours - theirs).mean() < 1e-3 and np.abs(theirs).max() > 1e-3
+
+
+def test_best_of_keeps_the_clip_that_the_reward_scores_highest(folder, tmp_path, capsys):
+    from audio import read_audio
+    from train_clap import new_clap
+    clap = new_clap(16, 16, 0).eval()
+    clap.save(tmp_path / "clap")
+    prompts = ["--prompt", "rain", "--prompt", "wind", "--duration", "0.4"]
+    run(folder, *prompts, "--num_samples", "3", "--output", tmp_path / "all")
+    run(folder, *prompts, "--best_of", "3", "--reward", tmp_path / "clap", "--output", tmp_path / "best")
+    chosen = [int(line.split("sample ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()
+              if line.startswith("best of 3")]
+    every = sorted((tmp_path / "all").glob("*.wav"))
+    rate = sf.info(every[0]).samplerate
+    scores = clap.scores([read_audio(path, rate, 1) for path in every], rate, ["rain"] * 3 + ["wind"] * 3)
+    for row, best in enumerate(sorted((tmp_path / "best").glob("*.wav"))):
+        assert scores[chosen[row]] > scores[3 * row:3 * row + 3].max() - 1e-3
+        assert np.abs(sf.read(best)[0] - sf.read(every[chosen[row]])[0]).mean() < 1e-3
+    for wrong, message in ((["--best_of", "0"], "--best_of is 0"), (["--reward", "x"], "--reward would have no effect"),
+                           (["--first_index", "-1"], "--first_index is -1")):
+        with pytest.raises(UserError, match=message):
+            run(folder, *wrong)
+
+
+def test_file_names_keep_letters_of_any_script():
+    paths = sample.output_paths("out", ["\u0434\u043e\u0436\u0434\u044c!", "\U0001f600", "A  violin"])
+    assert [path.name for path in paths] == ["0000_\u0434\u043e\u0436\u0434\u044c.wav", "0001_prompt.wav",
+                                             "0002_a-violin.wav"]
 
 
 @pytest.mark.parametrize("prompt, shown", [
