@@ -60,13 +60,13 @@ def test_gains_have_the_right_sign_and_pool_seeds():
     base, real = arrays(rng, 300, 0.0), arrays(rng, 300, 0.4)
     real["features"] = rng.standard_normal((300, 4))
     better = [arrays(rng, 300, 0.4) for _ in range(3)]
-    change = alignment.gains(better, base, real, draws=200, frechet_draws=50)
+    change = alignment.gains(better, base, real, draws=200)
     for name in ("reward", "judge", "order", "exact"):
         value, low, high = change[name]
         assert low > 0 and low < value < high and 0.3 < value < 0.5, name
     ratio, low, high = change["frechet"]
     assert low < ratio < high < 1                            # nearer to the real scenes
-    same = alignment.gains([base], base, real, draws=50, frechet_draws=20)
+    same = alignment.gains([base], base, real, draws=50)
     assert all(same[name] == (0, 0, 0) for name in ("reward", "judge", "exact")) and same["frechet"] == (1, 1, 1)
     assert len(alignment.cells(alignment.summary(base, real))) == len(alignment.HEADS)
 
@@ -87,7 +87,7 @@ def test_both_tables(tmp_path):
     for name in ("reward", "judge"):
         new_clap(16, 16, 0 if name == "reward" else 1).save(tmp_path / name)
     common = ["--reward", tmp_path / "reward", "--judge", tmp_path / "judge", "--prompts", 6, "--steps", 2,
-              "--cache", tmp_path / "cache", "--out", tmp_path / "results"]
+              "--draws", 20, "--cache", tmp_path / "cache", "--out", tmp_path / "results"]
     alignment.main([str(x) for x in ["--checkpoint", tmp_path / "b", tmp_path / "c", "--against", tmp_path / "a",
                                      *common]])
     text = (tmp_path / "results" / "alignment.md").read_text()
