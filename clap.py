@@ -24,7 +24,7 @@ import torch.nn.functional as functional
 
 from audio import resample
 from common import UserError, load_exactly, load_tensors, read_json, save_tensors, write_json
-from model import fetch
+from model import model_folder
 from text import check_finite, read_tokenizer, refuse_pickles, well_formed
 
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -197,9 +197,7 @@ def build(config, tokenizer, preprocessor, seed=0):
 
 def load_clap(source, device="cpu"):
     """A Clap in eval mode, float32, from a folder or a hub id."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = fetch(str(source), FILES)
+    folder = model_folder(source, FILES)
     refuse_pickles(folder, "model.safetensors")
     tensors = load_tensors(folder / "model.safetensors")
     configs = [read_json(folder / name) for name in ("config.json", "preprocessor_config.json")]

@@ -39,10 +39,10 @@ from tqdm import tqdm
 import alignment
 from common import (UserError, append_jsonl, atomic_path, check_writable, choose_device, generator, in_range,
                     load_tensors, parse_arguments, read_json, read_jsonl, run_main, warn, write_json)
-from model import concat_conditions, load_model, save_model
+from model import concat_conditions, load_model, model_folder, resolve, save_model
 from preferences import (draw_prompts, make_candidates, prompt_pool, score_candidates, static_pairs,
                          write_pairs)
-from reward import JUDGE, REWARD
+from reward import JUDGE, REWARD, read_pairs
 from sample import DEFAULT_CHECKPOINT, add_sampling_flags, check_sampling_flags, decode, generate
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from training import (average_decay, choose_dtype, copy_weights, draw_log, linear_decay, load_state,
@@ -156,9 +156,7 @@ def optimise(args, folder, policy, rows, tensors, device, autocast):
     settings = {name: getattr(args, name) for name in TRAINED_WITH} | {
         "steps": steps, "warmup": warmup, "policy": policy_hash(policy)}
     step, earlier = load_state(folder, named, optimizer, average, settings)
-    references = {part: os.path.relpath(Path(policy).resolve() / ".", folder.resolve())
-                  for part in ("vae", "text_encoder")} if Path(policy).is_dir() else {}
-    save = functools.partial(save_model, folder, flow=flow, references=references,
+    save = functools.partial(save_model, folder, flow=flow, **other_parts(policy, folder, model),
                              extra={"training": {**vars(args), **settings}})
     trim_log(folder, step)
     began, losses = time.monotonic(), []
@@ -209,11 +207,18 @@ def pair_report(flow, reference, encoder, pairs, args, device, autocast):
     return dpo_fm_loss(*(torch.cat(column) for column in zip(*errors)), args.beta, args.half)[1]
 
 
+def other_parts(policy, folder, model):
+    """Keywords of save_model for codec and text: references to a local policy's, or the parts themselves."""
+    if not Path(policy).is_dir():                                                # from the hub
+        return {"codec": model.codec, "text": model.text}
+    return {"references": {part: os.path.relpath(resolve(Path(policy), part).resolve(), Path(folder).resolve())
+                           for part in ("vae", "text_encoder")}}
+
+
 @functools.lru_cache(maxsize=8)
 def policy_hash(folder):
     """What scores.jsonl calls a model: the hash of its flow's weights."""
     from common import file_hash
-    from model import model_folder, resolve
     path = resolve(model_folder(folder), "flow") / "tangoflux.safetensors"
     return f"sha256:{file_hash(path)[:16]}"
 
@@ -331,18 +336,18 @@ def run(args):
         if name != "iterations" and started.get(name) != json.loads(json.dumps(settings[name])):
             raise UserError(f"the run in {out} was started with {name} = {started.get(name)}, now it is "
                             f"{settings[name]}; give the same flags to go on, or another --out")
-    write_json(out / "config.json", settings)
     ears = alignment.Ears(args.tagger, args.reward, args.judge, device)
-    print(f"effective beta: {args.beta * args.half:g} on {args.reduction}s over (L, C)")
-    rows = [evaluate(args, ears, "real scenes", None, None, device),
-            evaluate(args, ears, "base", out / "base.safetensors", args.checkpoint, device)]
     policy, folders = args.checkpoint, {"base": args.checkpoint}
-    base = load_model(policy, device)
-    pool = prompt_pool(args, base.flow.config["max_duration"]) if not args.pairs else []
+    pool = prompt_pool(args, load_model(policy, device).flow.config["max_duration"]) if not args.pairs else []
     if not args.pairs and len(pool) < args.prompts:
         raise UserError(f"--prompts {args.prompts} is more than the {len(pool)} prompts of the pool; "
                         "lower it, or give more")
-    del base
+    if args.pairs:
+        read_pairs(args.pairs, args.audio_dir)
+    write_json(out / "config.json", settings)                             # all that can be wrong is right
+    print(f"effective beta: {args.beta * args.half:g} on {args.reduction}s over (L, C)")
+    rows = [evaluate(args, ears, "real scenes", None, None, device),
+            evaluate(args, ears, "base", out / "base.safetensors", args.checkpoint, device)]
     for k in range(1, args.iterations + 1):
         folder, began = out / f"iteration_{k}", time.monotonic()
         folder.mkdir(exist_ok=True)

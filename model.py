@@ -421,8 +421,8 @@ def concat_conditions(first, second):
 
 # ----------------------------------------------------------------------------- model folders
 
-def model_folder(name):
-    """A local model folder as it is; anything else in the form owner/name is fetched from the Hugging Face hub."""
+def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
+    """A local model folder as it is; anything else in the form owner/name: its `files`, fetched from the hub."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -430,7 +430,7 @@ def model_folder(name):
         raise UserError(f"{name} is a file; pass the model folder that holds it")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():
         raise UserError(f"model folder {name} is missing; pass an existing folder or a hub id like owner/name")
-    return fetch(str(name), ["config.json", "*.safetensors", "text_encoder/*"])
+    return fetch(str(name), list(files))
 
 
 def read_config(folder):
