@@ -1,13 +1,13 @@
-"""Speed, side by side. `crpo`: an iteration of this repository against the same model driven as the official scripts do.
+"""Speed, side by side. `crpo`: an iteration of this repository against the same model driven as officially.
 
     python bench.py crpo                                 # 3 pairs of runs, on a CPU a few minutes
     python bench.py crpo --prompts 48 --repeats 1
 
 Both make N clips of the same M prompts with the same sampler settings, score them by the same CLAP, pair best and
-worst, and take the same number of training steps on the same pairs in float32. The official way (its shell script and
-three Python files): one prompt at a time with its N clips, each clip to a wav file; CLAP reads file after file, embeds one
-clip and one text at a time; every training step reads its wav files again, encodes them by the VAE and their prompts
-by T5. Runs alternate, ours first, then the other; times are wall-clock seconds, the ratio is the median of the pairs'.
+worst, and take the same number of training steps on the same pairs in float32. The official way (its shell script
+and three Python files): one prompt at a time with its N clips, each clip to a wav file; CLAP reads file after file,
+embeds one clip and one text at a time; every training step reads its wav files again, encodes them by the VAE and
+their prompts by T5. Runs alternate, ours first; times are wall-clock seconds, the ratio is the median of the pairs'.
 """
 import argparse
 import shutil
@@ -106,7 +106,8 @@ def official_way(args, folder, model, clap, prompts):
             ids, mask = model.text.tokenize([prompts[m]["prompt"] for m in rows])
             hidden = model.text.encode(ids, mask)
         seconds = torch.tensor([prompts[m]["duration"] for m in rows])
-        batch = Batch(None, None, None, None, hidden, mask, seconds, torch.rand(len(rows), generator=rng) < args.dropout)
+        dropped = torch.rand(len(rows), generator=rng) < args.dropout
+        batch = Batch(None, None, None, None, hidden, mask, seconds, dropped)
         x0 = torch.randn(x1[0].shape, generator=rng).repeat(2, 1, 1)
         t = torch.randn(len(rows), generator=rng).sigmoid().repeat(2)
         train_step(args, flow, reference, optimizer, model.text, batch, torch.cat(x1), x0, t)
@@ -170,7 +171,8 @@ def main(argv=None):
     in_range("--prompts", args.prompts, 1, 1e6)
     in_range("--repeats", args.repeats, 1, 1000)
     settings = vars(crpo.parse_args(["--prompts", str(args.prompts)]))
-    args = argparse.Namespace(**{**settings, **{name: value for name, value in vars(args).items() if value is not None}})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**{**settings, **given})
     args.batch_size = min(args.batch_size, args.prompts)
     if getattr(args, "train_steps", None) is None:
         args.train_steps = -(-args.epochs * args.prompts // args.batch_size)

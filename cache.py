@@ -407,9 +407,10 @@ def parse_args():
                             ("max_text_length", 2, 100000), ("workers", 0, 256)):
         in_range(f"--{name}", getattr(args, name), low, high)
     check_data_flags(args, parser, ("max_duration",), WORLD_FLAGS)
+    world_mix(args)
     if args.max_text_length != parser.get_default("max_text_length") and not args.with_text:
         raise UserError("--max_text_length would have no effect without --with_text; leave one or the other out")
-    return args
+    return parser, args
 
 
 def default_folder(data, name="train"):
@@ -427,9 +428,12 @@ def discard(folder):
 
 
 def main():
-    args = parse_args()
+    parser, args = parse_args()
     from data import manifest_rows
+    from model import load_model
     from vae import load_codec
+    if args.with_text:                  # a faulty one is told now, not after minutes of rendering
+        encoder = load_model(args.with_text, choose_device(args.device, quiet=True), parts=("text",)).text
     codec = load_codec(args.codec, choose_device(args.device))
     folders = [Path(args.cache) if args.cache else default_folder(args.data)]
     if not args.data:
@@ -444,13 +448,15 @@ def main():
         caches = [world_cache(folders[0], codec, "train", args.scenes, workers=args.workers, **world_mix(args)),
                   world_cache(folders[1], codec, "val", args.val_scenes, workers=args.workers)]
     if args.with_text:
-        from model import load_model
-        encoder = load_model(args.with_text, codec.latent_mean.device, parts=("text",)).text
         for cache in caches:
             text_cache(cache, encoder, args.max_text_length)
     for cache in caches:
         print(f"{cache.folder}: {len(cache.kept)} clips, latents {tuple(cache.mean.shape[1:])}, key {cache.key}")
-    print("next: python train_fm.py" + (f" --data {args.data}" if args.data else ""))
+    given = [(name, getattr(args, name)) for name in ("data", "codec", "cache", *WORLD_FLAGS)
+             if getattr(args, name) != parser.get_default(name)]
+    flags = "".join(f" --{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                    for name, value in given)
+    print(f"next: python train_fm.py{flags}")
 
 
 if __name__ == "__main__":

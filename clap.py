@@ -197,6 +197,9 @@ def build(config, tokenizer, preprocessor, seed=0):
 
 def load_clap(source, device="cpu"):
     """A Clap in eval mode, float32, from a folder or a hub id."""
+    if Path(source).parent.is_dir() and not Path(source).exists() and Path(source).name.startswith("clap_"):
+        raise UserError(f"{source} is missing; python reward.py train_clap trains a CLAP, --reward, --judge or --clap "
+                        "names its folder")
     folder = model_folder(source, FILES)
     refuse_pickles(folder, "model.safetensors")
     tensors = load_tensors(folder / "model.safetensors")

@@ -3,7 +3,7 @@
     python reward.py score --audio out/0000_a-violin.wav --prompt "a violin followed by rain"
     python reward.py score --audio a.wav --prompt "three beeps" --clap laion/clap-htsat-unfused     # the paper's
     python reward.py train_clap                                          # the one that ranks -> runs/clap_reward
-    python reward.py train_clap --seed 1 --width 112 --text_width 144 --out runs/clap_judge     # the one that judges
+    python reward.py train_clap --seed 1 --width 104 --text_width 144 --out runs/clap_judge      # the one that judges
 
 The CLAP that ranks never judges, as in the paper. Where the official code differs, we do this: scores are not
 rounded (its three decimals turn near ties into pairs by position); a prompt whose clips all score the same, or score
@@ -105,13 +105,14 @@ def read_json_rows(path):
 
 def score(args):
     """Print the CLAP score of each --audio with its --prompt."""
-    from audio import read_audio
+    from audio import probe_audio, read_audio
     from clap import load_clap
     prompts = args.prompt * len(args.audio) if len(args.prompt) == 1 else args.prompt
     if len(prompts) != len(args.audio):
         raise UserError(f"{len(args.prompt)} --prompt for {len(args.audio)} --audio; give one, or one each")
-    device = choose_device(args.device)
-    clap = load_clap(args.clap, device)
+    for path in args.audio:
+        probe_audio(path)                       # a missing one is told before the CLAP is loaded
+    clap = load_clap(args.clap, choose_device(args.device))
     rate = clap.front.sampling_rate
     for path, prompt in zip(args.audio, prompts):
         value = clap.scores([read_audio(path, rate, 1)], rate, [prompt]).item()
@@ -150,21 +151,22 @@ def make_parser():
     flag(group, "--max_minutes", None, "stop training after so many; the same command goes on", float)
     flag(group, "--dtype", "auto", "of the forward pass", choices=("auto", "float32", "bfloat16"))
     group = two.add_argument_group("scenes")
-    flag(group, "--scenes", 20000, "training scenes, kept as log-mels in --out and in memory")
+    flag(group, "--scenes", 40000, "training scenes, kept as log-mels in --out and in memory")
     flag(group, "--val_scenes", 1024, "held-out scenes")
     flag(group, "--scene_seed", 3000, "the scenes are those of World(seed=scene_seed + seed)")
     flag(group, "--degraded", 0.25, "share of degraded scenes")
     flag(group, "--workers", 2, "processes that render")
     group = two.add_argument_group("network and optimizer")
     flag(group, "--seed", 0, "initial weights, batches, captions and augmentation")
-    flag(group, "--width", 96, "of the audio tower's first stage; a multiple of 8")
+    flag(group, "--width", 112, "of the audio tower's first stage; a multiple of 8")
     flag(group, "--text_width", 128, "of the text tower; a multiple of 4")
-    flag(group, "--steps", 5000, "optimizer steps")
+    flag(group, "--steps", 12000, "optimizer steps")
     flag(group, "--batch_size", 48, "clips per step")
     flag(group, "--learning_rate", 2e-3, "peak of AdamW's rate; warm-up, then cosine to zero")
     flag(group, "--muon", 10.0, "the layers' matrices are trained by Muon at this times the rate; 0: AdamW for all")
     flag(group, "--weight_decay", 0.05, "of AdamW, and at --muon times the rate of Muon")
     flag(group, "--reading_weight", 0.1, "of telling events, places and counts from each tower")
+    flag(group, "--hearing_weight", 0.5, "of telling what sounds when, and its strikes, from the audio tower's grid")
     flag(group, "--val_every", 250, "steps between checks on held-out scenes")
     two.set_defaults(run=train_clap)
     for one_parser in (one, two):
@@ -178,7 +180,8 @@ def main(argv=None):
     limits = {"scenes": (1, 1e7), "val_scenes": (64, 1e6), "degraded": (0, 1), "workers": (1, 256),
               "seed": (0, 2 ** 62), "width": (8, 1024), "text_width": (4, 4096), "steps": (1, 1e7),
               "batch_size": (2, 4096), "learning_rate": (1e-8, 1), "muon": (0, 1000), "weight_decay": (0, 1),
-              "reading_weight": (0, 1000), "val_every": (1, 1e9), "max_minutes": (0, 1e6)}
+              "reading_weight": (0, 1000), "hearing_weight": (0, 1000),
+              "val_every": (1, 1e9), "max_minutes": (0, 1e6)}
     for name, (low, high) in limits.items():
         if getattr(args, name, None) is not None:
             in_range(f"--{name}", getattr(args, name), low, high)

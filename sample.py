@@ -332,11 +332,16 @@ def load_for_sampling(args, quiet=False):
     return load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
 
 
-def choose_best(audios, prompts, sampling_rate, args):
-    """Of each --best_of N clips in a row the one with the highest reward (paper A.3); prints which and the scores."""
+def load_reward(args):
+    """The CLAP of --reward, default the bundled one."""
     from clap import load_clap
-    from reward import REWARD, best_of
-    clap = load_clap(args.reward or REWARD, choose_device(args.device, quiet=True))
+    from reward import REWARD
+    return load_clap(args.reward or REWARD, choose_device(args.device, quiet=True))
+
+
+def choose_best(clap, audios, prompts, sampling_rate, args):
+    """Of each --best_of N clips in a row the one with the highest reward (paper A.3); prints which and the scores."""
+    from reward import best_of
     scores = clap.scores(audios, sampling_rate, prompts).reshape(-1, args.best_of)         # (prompts, N)
     best = best_of(scores)
     for row, (choice, values) in enumerate(zip(best, scores.tolist())):
@@ -372,6 +377,7 @@ def main(argv=None):
         check_duration("--duration", args.duration, math.inf)
     check_writable(paths)
 
+    clap = load_reward(args) if args.best_of > 1 else None
     model = load_for_sampling(args)
     max_duration = model.flow.config["max_duration"]
     fallback = default_duration(max_duration) if args.duration is None else args.duration
@@ -384,7 +390,7 @@ def main(argv=None):
                        args.negative_prompt, args.batch_size, progress=True)
     audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size)
     if args.best_of > 1:
-        audios = choose_best(audios, every, model.codec.sampling_rate, args)
+        audios = choose_best(clap, audios, every, model.codec.sampling_rate, args)
 
     from audio import save_spectrogram, write_wav
     for path, audio, prompt in zip(paths, audios, prompts):
@@ -393,7 +399,7 @@ def main(argv=None):
             save_spectrogram(path.with_suffix(".png"), [audio], [prompt], model.codec.sampling_rate)
         print(f"wrote {path} ({audio.shape[-1] / model.codec.sampling_rate:.2f} s): {prompt[:100]}")
     print(f'next: listen to it, or ask for another: '
-          f'python sample.py --prompt "three beeps and wind" --seed {args.seed + 1} --plot')
+          f'python sample.py --prompt "three beeps and wind" --seed {args.seed + 1}')
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def report(args):
             print(f"  {name:16s} F1 {f1:.3f}   hits {hits:4d}   extras {extras:4d}   misses {misses:4d}")
         for (missed, extra), times in confusions.most_common(12):
             print(f"  {missed} heard as {extra}: {times}")
-    print("nothing was written; next: python evaluate.py")
+    print("nothing was written; next: python evaluate.py scenes")
 
 
 def main():

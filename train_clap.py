@@ -1,13 +1,14 @@
-"""Training of the two small CLAPs of the built-in world: `python reward.py train_clap`.
+"""Training of the two small CLAPs of the built-in world; the script is `python reward.py train_clap`.
 
 Contrast alone teaches which sounds are there; order and number are learned late, since a batch seldom holds the same
 sounds twice. So each clip also stands beside near misses, captions of almost the same scene: two sounds exchanged,
-another count, "and" for "then", one sound replaced, added or left out. And during training a linear layer on each
-tower has to say which event has which place and count (as reading.py teaches the flow's text encoder); it is thrown
-away. The audio is spoiled in each batch as for the taggers, so that clips of a codec and a generator are no news.
+another count, "and" for "then", one sound replaced, added or left out. And during training linear layers have to tell
+what is thrown away afterwards: from each tower's pooled vector which event has which place and count (as reading.py
+teaches the flow's text encoder), from the audio tower's last grid which events sound when, and how often they strike.
+The audio is spoiled in each batch as for the taggers, so that clips of a codec and a generator are no news.
 
 Letters: B batch, H near misses of a clip, D embedding width, F mel frames (16 ms), M mel bands, N scenes,
-R read-outs (4 places x events + counts).
+R read-outs (4 places x events + counts), T steps of 256 ms of the audio tower's last grid, K events, Q countable.
 """
 import dataclasses
 import json
@@ -27,7 +28,7 @@ from common import (UserError, append_jsonl, atomic_path, check_writable, choose
                     derive_seed, read_json, read_jsonl, save_tensors, write_json, write_jsonl)
 from reading import PLACES, reading_targets
 from text import make_tokenizer
-from train_tagger import augment, batch_indices
+from train_tagger import augment, batch_indices, targets
 from training import choose_dtype, cosine_decay, make_optimizer, set_rate, trim_log
 from world import COUNTABLE, EVENT_NAMES, NUMBERS, Scene, SceneEvent, World, caption, known_words
 
@@ -37,7 +38,7 @@ PREPROCESSOR = dict(feature_extractor_type="ClapFeatureExtractor", feature_size=
                     hop_length=256, max_length_s=4, fft_window_size=1024, frequency_min=50, frequency_max=8000,
                     truncation="rand_trunc", padding="pad", padding_value=0.0, top_db=None)
 HARDER = {"relations": (0.1, 0.35, 0.3, 0.25), "counted": 0.5}          # mixtures and counts are learned slowest
-NEAR_MISSES = 4
+NEAR_MISSES, STEPS = 4, 16
 LARGEST_SCALE = math.log(100)                                           # as CLIP: logits at most 100 times the cosine
 
 
@@ -50,7 +51,8 @@ def new_clap(width, text_width, seed):
     audio = dict(window_size=8, num_mel_bins=64, spec_size=128, patch_size=8, patch_stride=[8, 8], depths=[2, 2],
                  num_attention_heads=[4, 8], num_hidden_layers=2, patch_embeds_hidden_size=width,
                  hidden_size=2 * width, mlp_ratio=3.0, hidden_dropout_prob=0.0, num_classes=1)
-    return build({"text_config": text, "audio_config": audio, "projection_dim": 128}, tokenizer, PREPROCESSOR, seed)
+    return build({"text_config": text, "audio_config": audio, "projection_dim": 128, "logit_scale_init_value": 30.0},
+                 tokenizer, PREPROCESSOR, seed)
 
 
 # ----------------------------------------------------------------------------- captions that are wrong by a little
@@ -131,11 +133,16 @@ def render_scenes(folder, settings, count, workers, chunk=50):
     return load_tensors(folder / "scenes.safetensors")["mels"], scenes
 
 
-def spoiled(mels, random):
-    """Log-mels in dB (B, F, M) as other machines would leave them: train_tagger.augment, whose unit is 20 dB."""
-    batch, frames, _ = mels.shape
-    nothing = torch.zeros(batch, -(-frames // 4), 1), torch.zeros(batch, -(-frames // 2), 1)
-    return augment(mels.transpose(1, 2) / 20, *nothing, random)[0].transpose(1, 2) * 20
+def spoiled(mels, scenes, random):
+    """Log-mels in dB (B, F, M) as other machines would leave them, by train_tagger.augment, whose unit is 20 dB.
+
+    -> them, and what sounds when: activity (B, T, K) in [0, 1], strikes (B, T, Q), both moved along with the audio.
+    """
+    truth = [targets(scene, EVENT_NAMES, COUNTABLE, STEPS * 4)[:2] for scene in scenes]    # at 64 and 32 ms
+    activity, rate = (torch.from_numpy(np.stack(column)).float() for column in zip(*truth))
+    mels, activity, rate = augment(mels.transpose(1, 2) / 20, activity, rate, random)
+    activity, rate = activity.unflatten(1, (STEPS, 4)).mean(2), rate.unflatten(1, (STEPS, 8)).sum(2)
+    return mels.transpose(1, 2) * 20, activity, rate
 
 
 def texts_of(scene, rng):
@@ -163,15 +170,23 @@ def contrastive_loss(audio, text, misses, scale_audio, scale_text, same):
 
 
 class ReadOut(nn.Module):
-    """Linear layers that tell events, places and counts from the pooled outputs of both towers."""
+    """Linear layers that tell events, places and counts from both towers, and what sounds when from the audio's."""
 
     def __init__(self, audio_width, text_width):
         super().__init__()
         size = len(PLACES) * len(EVENT_NAMES) + len(NUMBERS) * len(COUNTABLE)
         self.audio, self.text = nn.Linear(audio_width, size), nn.Linear(text_width, size)
-        for layer in (self.audio, self.text):
+        self.activity, self.strikes = nn.Linear(audio_width, len(EVENT_NAMES)), nn.Linear(audio_width, len(COUNTABLE))
+        for layer in (self.audio, self.text, self.activity, self.strikes):
             nn.init.zeros_(layer.weight)
             nn.init.constant_(layer.bias, -4.0)                         # most things are not there
+
+    def hearing(self, grid, activity, strikes):
+        """The audio tower's last grid (B, width, bands, T) -> cross-entropy of activity, Poisson loss of strikes."""
+        steps = grid.float().mean(2).transpose(1, 2)                                       # (B, T, width)
+        rate = functional.softplus(self.strikes(steps))
+        likelihood = (rate - strikes * rate.clamp(min=1e-6).log()).sum(2).mean()
+        return functional.binary_cross_entropy_with_logits(self.activity(steps), activity) * 20 + likelihood
 
     def forward(self, audio, text, targets):
         """Pooled (B, width) of both towers, targets (B, R) -> the sum of both cross-entropies, mean over clips."""
@@ -183,15 +198,16 @@ class ReadOut(nn.Module):
         return (losses[0] * known).sum(1).mean() + losses[1].sum(1).mean()
 
 
-def forward(clap, mels, scenes, texts, misses):
-    """Both towers -> audio (B, D), text (B, D), misses (B * H, D), and the pooled vectors before the projections."""
+def forward(clap, mels, texts, misses):
+    """Both towers -> audio (B, D), text (B, D), misses (B * H, D); pooled audio, pooled text, the audio's last grid."""
     longer = torch.zeros(len(mels), 1, dtype=torch.bool, device=mels.device)
-    heard = clap.clap.audio_model(input_features=mels[:, None], is_longer=longer).pooler_output
+    out = clap.clap.audio_model(input_features=mels[:, None], is_longer=longer)
+    heard = out.pooler_output
     ids, mask = clap.tokenize([*texts, *(miss for row in misses for miss in row)])
     read = clap.clap.text_model(input_ids=ids, attention_mask=mask.long()).pooler_output
     audio = functional.normalize(clap.clap.audio_projection(heard).float(), dim=-1)
     text = functional.normalize(clap.clap.text_projection(read).float(), dim=-1)
-    return audio, text[:len(mels)], text[len(mels):], heard, read[:len(mels)]
+    return audio, text[:len(mels)], text[len(mels):], heard, read[:len(mels)], out.last_hidden_state
 
 
 @torch.no_grad()
@@ -201,8 +217,7 @@ def check(clap, mels, scenes, batch_size=64):
     for start in range(0, len(scenes) - batch_size + 1, batch_size):
         rows = range(start, start + batch_size)
         texts, misses = zip(*(texts_of(scenes[i], np.random.default_rng(derive_seed("check", i))) for i in rows))
-        audio, text, wrong, *_ = forward(clap, mels[start:start + batch_size].float().to(clap.device),
-                                         [scenes[i] for i in rows], texts, misses)
+        audio, text, wrong, *_ = forward(clap, mels[start:start + batch_size].float().to(clap.device), texts, misses)
         cosines = audio @ text.T
         own = (audio[:, None] * wrong.view(len(audio), -1, wrong.shape[1])).sum(-1)
         ranked += (cosines.diagonal() > own.amax(1)).tolist()
@@ -237,7 +252,7 @@ def train(args):
     print(f"CLAP: {sum(p.numel() for p in clap.clap.parameters()) / 1e6:.2f} M parameters")
     settings = {name: getattr(args, name) for name in ("seed", "scene_seed", "scenes", "degraded", "width",
                                                        "text_width", "steps", "batch_size", "learning_rate",
-                                                       "weight_decay", "reading_weight")}
+                                                       "weight_decay", "muon", "reading_weight", "hearing_weight")}
     state_path, step = out / "state.pt", 0
     if state_path.is_file():
         state = torch.load(state_path, map_location=device, weights_only=True)
@@ -249,23 +264,25 @@ def train(args):
         print(f"resumed {out} at step {step}")
     trim_log(out, step)
     clap.train()
-    started, late, targets = time.monotonic(), False, (EVENT_NAMES, COUNTABLE, NUMBERS)
+    started, late, names = time.monotonic(), False, (EVENT_NAMES, COUNTABLE, NUMBERS)
     bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None)
     while step < args.steps and not late:
         rows = batch_indices(args.seed, step, len(scenes), args.batch_size)
         batch = [scenes[i] for i in rows]
         texts, misses = zip(*(texts_of(scene, np.random.default_rng(derive_seed(args.seed, "text", step, i)))
                               for i, scene in enumerate(batch)))
-        heard = spoiled(mels[rows].float(), generator(args.seed, "augment", step)).to(device)
+        heard, activity, strikes = (part.to(device) for part in spoiled(
+            mels[rows].float(), batch, generator(args.seed, "augment", step)))
         stories = [story(scene) for scene in batch]
         same = torch.tensor([[a == b for b in stories] for a in stories], device=device)
         set_rate(optimizer, cosine_decay(step, args.learning_rate, min(100, args.steps // 10 + 1), args.steps))
         with autocast():
-            audio, text, wrong, pooled_audio, pooled_text = forward(clap, heard, batch, texts, misses)
+            audio, text, wrong, pooled_audio, pooled_text, grid = forward(clap, heard, texts, misses)
         scales = clap.clap.logit_scale_a.exp(), clap.clap.logit_scale_t.exp()
         contrast, ranked = contrastive_loss(audio, text, wrong, *scales, same)
-        reading = readout(pooled_audio, pooled_text, reading_targets(batch, *targets).to(device))
-        loss = contrast + args.reading_weight * reading
+        reading = readout(pooled_audio, pooled_text, reading_targets(batch, *names).to(device))
+        hearing = readout.hearing(grid, activity, strikes)
+        loss = contrast + args.reading_weight * reading + args.hearing_weight * hearing
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -279,7 +296,7 @@ def train(args):
         last = step == args.steps or late
         if last or step % 20 == 0:
             row = {"step": step, "loss": loss.item(), "contrast": contrast.item(), "reading": reading.item(),
-                   "ranked": ranked.item(), "scale": scales[0].item()}
+                   "hearing": hearing.item(), "ranked": ranked.item(), "scale": scales[0].item()}
             if last or step % args.val_every == 0:
                 clap.eval()
                 row["val_ranked"], row["val_recall"] = check(clap, val_mels, val_scenes)

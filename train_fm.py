@@ -463,6 +463,7 @@ def parse_args(arguments=None):
         raise UserError("--steps would have no effect beside --epochs; leave one out")
     args.steps = args.steps if args.steps is not None or args.epochs else STEPS
     check_data_flags(args, parser, ("validation_fraction",), WORLD_FLAGS)
+    world_mix(args)                             # out of range is told now
     if args.muon is None:
         args.muon = 10.0 if args.preset == "toy" and not args.checkpoint else 0.0
     args.out = args.out or ("runs/tuned" if args.checkpoint else "runs/base")

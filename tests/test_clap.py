@@ -171,7 +171,7 @@ def test_training_learns_and_resumes_exactly(tmp_path):
         args = argparse.Namespace(out=out, device="cpu", dtype="float32", scene_seed=3000, seed=0, scenes=64,
                                   val_scenes=64, degraded=0.0, workers=1, width=16, text_width=16, steps=steps,
                                   batch_size=16, learning_rate=2e-3, muon=10.0, weight_decay=0.0,
-                                  reading_weight=0.1, max_minutes=stop, val_every=1000)
+                                  reading_weight=0.1, hearing_weight=0.5, max_minutes=stop, val_every=1000)
         return train_clap.train(args)
     assert run(tmp_path / "whole", 30)
     (tmp_path / "parts").mkdir()
