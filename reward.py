@@ -155,17 +155,18 @@ def make_parser():
     flag(group, "--val_scenes", 1024, "held-out scenes")
     flag(group, "--scene_seed", 3000, "the scenes are those of World(seed=scene_seed + seed)")
     flag(group, "--degraded", 0.25, "share of degraded scenes")
+    flag(group, "--family", 4, "of so many scenes each that are almost the same; 1: all different")
     flag(group, "--workers", 2, "processes that render")
     group = two.add_argument_group("network and optimizer")
     flag(group, "--seed", 0, "initial weights, batches, captions and augmentation")
     flag(group, "--width", 112, "of the audio tower's first stage; a multiple of 8")
     flag(group, "--text_width", 128, "of the text tower; a multiple of 4")
-    flag(group, "--steps", 12000, "optimizer steps")
+    flag(group, "--steps", 6000, "optimizer steps")
     flag(group, "--batch_size", 48, "clips per step")
     flag(group, "--learning_rate", 2e-3, "peak of AdamW's rate; warm-up, then cosine to zero")
     flag(group, "--muon", 10.0, "the layers' matrices are trained by Muon at this times the rate; 0: AdamW for all")
     flag(group, "--weight_decay", 0.05, "of AdamW, and at --muon times the rate of Muon")
-    flag(group, "--reading_weight", 0.1, "of telling events, places and counts from each tower")
+    flag(group, "--reading_weight", 0.5, "of telling events, places and counts from each tower")
     flag(group, "--hearing_weight", 0.5, "of telling what sounds when, and its strikes, from the audio tower's grid")
     flag(group, "--val_every", 250, "steps between checks on held-out scenes")
     two.set_defaults(run=train_clap)
@@ -177,7 +178,7 @@ def make_parser():
 def main(argv=None):
     parser, commands = make_parser()
     args = parse_arguments(parser, argv, commands)
-    limits = {"scenes": (1, 1e7), "val_scenes": (64, 1e6), "degraded": (0, 1), "workers": (1, 256),
+    limits = {"scenes": (1, 1e7), "val_scenes": (64, 1e6), "degraded": (0, 1), "family": (1, 64), "workers": (1, 256),
               "seed": (0, 2 ** 62), "width": (8, 1024), "text_width": (4, 4096), "steps": (1, 1e7),
               "batch_size": (2, 4096), "learning_rate": (1e-8, 1), "muon": (0, 1000), "weight_decay": (0, 1),
               "reading_weight": (0, 1000), "hearing_weight": (0, 1000),
@@ -187,6 +188,8 @@ def main(argv=None):
             in_range(f"--{name}", getattr(args, name), low, high)
     if getattr(args, "width", 8) % 8 or getattr(args, "text_width", 4) % 4:
         raise UserError("--width must be a multiple of 8 and --text_width of 4")
+    if getattr(args, "batch_size", 0) % getattr(args, "family", 1):
+        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --family {args.family}")
     args.run(args)
 
 

@@ -1,14 +1,16 @@
 """Training of the two small CLAPs of the built-in world; the script is `python reward.py train_clap`.
 
 Contrast alone teaches which sounds are there; order and number are learned late, since a batch seldom holds the same
-sounds twice. So each clip also stands beside near misses, captions of almost the same scene: two sounds exchanged,
-another count, "and" for "then", one sound replaced, added or left out. And during training linear layers have to tell
+sounds twice. So a batch is made of families: a scene and scenes that are almost it, each with its sound and caption
+(two sounds exchanged, another count, "and" for "then", one sound replaced, added or left out), and each clip stands
+beside more such captions, its near misses. A reward needs both: of one prompt's clips the right one has to score
+best, not only of one clip's captions. And during training linear layers have to tell
 what is thrown away afterwards: from each tower's pooled vector which event has which place and count (as reading.py
 teaches the flow's text encoder), from the audio tower's last grid which events sound when, and how often they strike.
 The audio is spoiled in each batch as for the taggers, so that clips of a codec and a generator are no news.
 
-Letters: B batch, H near misses of a clip, D embedding width, F mel frames (16 ms), M mel bands, N scenes,
-R read-outs (4 places x events + counts), T steps of 256 ms of the audio tower's last grid, K events, Q countable.
+Letters: B batch, H near misses of a clip, D embedding width, F mel frames (32 ms), M mel bands, N scenes,
+R read-outs (4 places x events + counts), T steps of 256 ms, K events, Q countable.
 """
 import dataclasses
 import json
@@ -30,15 +32,19 @@ from reading import PLACES, reading_targets
 from text import make_tokenizer
 from train_tagger import augment, batch_indices, targets
 from training import choose_dtype, cosine_decay, make_optimizer, set_rate, trim_log
-from world import COUNTABLE, EVENT_NAMES, NUMBERS, Scene, SceneEvent, World, caption, known_words
+from world import (COUNTABLE, EVENT_NAMES, NUMBERS, SHORTEST, Scene, SceneEvent, World, caption, degrade, known_words,
+                   perform, spans)
 
-# 64 mels x 251 frames of 16 ms, stretched to a 128 x 128 image whose upper half holds the first two seconds.
-# Silence after a short clip, not repetition: "three beeps" must stay three.
-PREPROCESSOR = dict(feature_extractor_type="ClapFeatureExtractor", feature_size=64, sampling_rate=16000,
-                    hop_length=256, max_length_s=4, fft_window_size=1024, frequency_min=50, frequency_max=8000,
+# 128 mels x 126 frames of 32 ms, stretched to an image of 128 x 128. The original folds time into four rows of its
+# image (64 mels of 256); HTSAT knows places only relative to each other, and in a folded image "below" is both a lower
+# sound and a later one: order was hardly learned. Silence after a short clip, not repetition: three beeps stay three.
+BANDS, HOP = 128, 512
+PREPROCESSOR = dict(feature_extractor_type="ClapFeatureExtractor", feature_size=BANDS, sampling_rate=16000,
+                    hop_length=HOP, max_length_s=4, fft_window_size=1024, frequency_min=50, frequency_max=8000,
                     truncation="rand_trunc", padding="pad", padding_value=0.0, top_db=None)
-HARDER = {"relations": (0.1, 0.35, 0.3, 0.25), "counted": 0.5}          # mixtures and counts are learned slowest
-NEAR_MISSES, STEPS = 4, 16
+HARDER = {"relations": (0.1, 0.3, 0.35, 0.25), "counted": 0.7}          # mixtures and counts are learned slowest
+KINDS = (0.3, 0.3, 0.1, 0.15, 0.15)                                     # of near misses: order and count slower still
+NEAR_MISSES, STEPS, FRAMES = 4, 16, 64                                  # of 256 ms; of 64 ms, as in targets
 LARGEST_SCALE = math.log(100)                                           # as CLIP: logits at most 100 times the cosine
 
 
@@ -48,29 +54,43 @@ def new_clap(width, text_width, seed):
     text = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=text_width, num_hidden_layers=3,
                 num_attention_heads=4, intermediate_size=2 * text_width, max_position_embeddings=82,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    audio = dict(window_size=8, num_mel_bins=64, spec_size=128, patch_size=8, patch_stride=[8, 8], depths=[2, 2],
+    audio = dict(window_size=8, num_mel_bins=BANDS, spec_size=128, patch_size=8, patch_stride=[8, 8], depths=[1, 3],
                  num_attention_heads=[4, 8], num_hidden_layers=2, patch_embeds_hidden_size=width,
                  hidden_size=2 * width, mlp_ratio=3.0, hidden_dropout_prob=0.0, num_classes=1)
-    return build({"text_config": text, "audio_config": audio, "projection_dim": 128, "logit_scale_init_value": 30.0},
+    clap = build({"text_config": text, "audio_config": audio, "projection_dim": 128, "logit_scale_init_value": 30.0},
                  tokenizer, PREPROCESSOR, seed)
+    look_both_ways(clap.clap.audio_model.audio_encoder)
+    return clap
+
+
+@torch.no_grad()
+def look_both_ways(encoder, steepest=0.7):
+    """Start each layer's heads with a bias to what is earlier, to what is later, and between (0 in the original).
+
+    The position bias is all that tells HTSAT's attention before from after, and from 0 it is long in coming.
+    """
+    for stage in encoder.layers:
+        for block in stage.blocks:
+            table = block.attention.self.relative_position_bias_table                      # (15 * 15, heads)
+            later = torch.arange(-7.0, 8).repeat(15)                                       # columns of query - key
+            table.copy_(later[:, None] * torch.linspace(-steepest, steepest, table.shape[1]))
 
 
 # ----------------------------------------------------------------------------- captions that are wrong by a little
 
-def near_misses(rng, relation, events, number):
-    """`number` different captions that are nearly those of a scene of (name, count or None), but false.
+def almost(rng, relation, events):
+    """A scene of (name, count or None) that is nearly the given one but not it -> (relation, events).
 
-    The kinds are drawn in turn from those that the scene allows. A count that the caption does not name is not
-    changed: "beeping" is right for any number of beeps.
+    A count that is not named is not changed: "beeping" is right for any number of beeps.
     """
-    names, wrong = [name for name, _ in events], set()
+    names = [name for name, _ in events]
 
     def other():
-        return EVENT_NAMES[rng.integers(len(EVENT_NAMES))], None
+        return str(rng.choice([name for name in EVENT_NAMES if name not in names])), None
 
-    while len(wrong) < number:
+    while True:
         changed, turned = list(events), relation
-        kind, place = rng.integers(5), rng.integers(len(events))
+        kind, place = rng.choice(5, p=KINDS), rng.integers(len(events))
         if kind == 0 and relation == "then":                            # two neighbours exchanged
             place = rng.integers(len(events) - 1)
             changed[place:place + 2] = changed[place + 1], changed[place]
@@ -88,12 +108,28 @@ def near_misses(rng, relation, events, number):
             turned = "then" if relation == "then" or rng.random() < 0.5 else "and"
         else:
             continue
-        chosen = [name for name, _ in changed]
-        if len(set(chosen)) < len(chosen) or (changed == list(events) and turned == relation):
-            continue
-        turned = "single" if len(changed) == 1 else ("then" if len(changed) == 3 else turned)
-        wrong.add(caption(rng, turned, changed))
+        if changed != list(events) or turned != relation:
+            return "single" if len(changed) == 1 else ("then" if len(changed) == 3 else turned), changed
+
+
+def near_misses(rng, relation, events, number):
+    """`number` different captions of scenes that are `almost` the given one, but false."""
+    wrong = set()
+    while len(wrong) < number:
+        wrong.add(caption(rng, *almost(rng, relation, events)))
     return sorted(wrong)
+
+
+def relative(scene, rng):
+    """A Scene that is `almost` the given one: its events laid out anew, within its duration where that is enough."""
+    events = [(event.name, event.count) for event in scene.events]
+    while True:
+        relation, changed = almost(rng, scene.relation, events)
+        duration = max(scene.duration, 0.7 * len(changed)) if relation == "then" else scene.duration
+        laid = [SceneEvent(name, round(float(onset), 4), round(float(offset), 4), count) for (name, count), (
+            onset, offset) in zip(changed, spans(rng, relation, len(changed), duration))]
+        if all((event.offset - event.onset) / (event.count or 1) >= SHORTEST for event in laid):
+            return Scene(scene.index, caption(rng, relation, changed), relation, laid, duration, scene.degradation)
 
 
 def story(scene):
@@ -105,26 +141,39 @@ def story(scene):
 # ----------------------------------------------------------------------------- scenes
 
 def _render(job):
-    """One worker's share: log-mels (n, F, M) float16 and the scenes as dicts."""
+    """One worker's share: log-mels (n, F, M) float16 and the scenes as dicts, families of `size` one after another."""
     torch.set_num_threads(1)
     from clap import FrontEnd
-    settings, indices = job
+    settings, size, indices = job
     source, front, mels, rows = World(**settings), FrontEnd(**PREPROCESSOR), [], []
     for index in indices:
         audio, scene = source.render(index)
-        mels.append(front.log_mel(torch.from_numpy(audio)[None, :front.samples])[0].half().numpy())
-        rows.append(dataclasses.asdict(scene))
+        rng = np.random.default_rng(derive_seed("family", json.dumps(source.settings()), index))
+        clips = [(audio, scene)]
+        for _ in range(size - 1):
+            near = relative(scene, rng)
+            audio = perform(near, rng, source.split)
+            clips.append((degrade(audio, *near.degradation, rng) if near.degradation else audio, near))
+        for audio, near in clips:
+            audio = torch.from_numpy(audio.astype(np.float32))
+            mels.append(front.log_mel(audio[None, :front.samples])[0].half().numpy())
+            rows.append(dataclasses.asdict(near))
     return np.stack(mels), rows
 
 
-def render_scenes(folder, settings, count, workers, chunk=50):
-    """Scenes 0..count-1 of World(**settings): log-mels (N, F, M) float16 and Scenes, kept in `folder` for a resume."""
-    key, folder = {"world": World(**settings).settings(), "scenes": count, "front": PREPROCESSOR}, Path(folder)
+def render_scenes(folder, settings, count, size, workers, chunk=50):
+    """`count` scenes of World(**settings), of which each `size` are a family: log-mels (N, F, M) float16 and Scenes.
+
+    Kept in `folder` for a resume.
+    """
+    key, folder = {"world": World(**settings).settings(), "scenes": count, "family": size,
+                   "front": PREPROCESSOR}, Path(folder)
     made = folder / "scenes.json"
     if not (made.is_file() and read_json(made) == json.loads(json.dumps(key))):
-        jobs = [(settings, range(start, min(start + chunk, count))) for start in range(0, count, chunk)]
+        jobs = [(settings, size, range(start, min(start + chunk, count // size)))
+                for start in range(0, count // size, chunk)]
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            parts = list(tqdm(pool.imap(_render, jobs), "rendering", len(jobs), unit=f" x {chunk}"))
+            parts = list(tqdm(pool.imap(_render, jobs), "rendering", len(jobs), unit=f" x {chunk * size}"))
         save_tensors(folder / "scenes.safetensors", {"mels": torch.from_numpy(np.concatenate([p[0] for p in parts]))})
         write_jsonl(folder / "scenes.jsonl", [row for part in parts for row in part[1]])
         write_json(made, key)                                           # last: it says that the others are whole
@@ -138,10 +187,10 @@ def spoiled(mels, scenes, random):
 
     -> them, and what sounds when: activity (B, T, K) in [0, 1], strikes (B, T, Q), both moved along with the audio.
     """
-    truth = [targets(scene, EVENT_NAMES, COUNTABLE, STEPS * 4)[:2] for scene in scenes]    # at 64 and 32 ms
+    truth = [targets(scene, EVENT_NAMES, COUNTABLE, FRAMES)[:2] for scene in scenes]       # at 64 and 32 ms
     activity, rate = (torch.from_numpy(np.stack(column)).float() for column in zip(*truth))
-    mels, activity, rate = augment(mels.transpose(1, 2) / 20, activity, rate, random)
-    activity, rate = activity.unflatten(1, (STEPS, 4)).mean(2), rate.unflatten(1, (STEPS, 8)).sum(2)
+    mels, activity, rate = augment(mels.transpose(1, 2) / 20, activity, rate, random, 1024 // HOP)
+    activity, rate = activity.unflatten(1, (STEPS, -1)).mean(2), rate.unflatten(1, (STEPS, -1)).sum(2)
     return mels.transpose(1, 2) * 20, activity, rate
 
 
@@ -176,17 +225,19 @@ class ReadOut(nn.Module):
         super().__init__()
         size = len(PLACES) * len(EVENT_NAMES) + len(NUMBERS) * len(COUNTABLE)
         self.audio, self.text = nn.Linear(audio_width, size), nn.Linear(text_width, size)
-        self.activity, self.strikes = nn.Linear(audio_width, len(EVENT_NAMES)), nn.Linear(audio_width, len(COUNTABLE))
-        for layer in (self.audio, self.text, self.activity, self.strikes):
+        self.hears = nn.Linear(audio_width, 2 * (len(EVENT_NAMES) + len(COUNTABLE)))        # each column: two steps
+        for layer in (self.audio, self.text, self.hears):
             nn.init.zeros_(layer.weight)
             nn.init.constant_(layer.bias, -4.0)                         # most things are not there
 
     def hearing(self, grid, activity, strikes):
-        """The audio tower's last grid (B, width, bands, T) -> cross-entropy of activity, Poisson loss of strikes."""
-        steps = grid.float().mean(2).transpose(1, 2)                                       # (B, T, width)
-        rate = functional.softplus(self.strikes(steps))
+        """The audio tower's last grid (B, width, bands, T / 2) -> cross-entropy of activity + Poisson loss of strikes.
+        """
+        heard = self.hears(grid.float().mean(2).transpose(1, 2)).unflatten(2, (2, -1)).flatten(1, 2)   # (B, T, K + Q)
+        rate = functional.softplus(heard[..., len(EVENT_NAMES):])
         likelihood = (rate - strikes * rate.clamp(min=1e-6).log()).sum(2).mean()
-        return functional.binary_cross_entropy_with_logits(self.activity(steps), activity) * 20 + likelihood
+        active = functional.binary_cross_entropy_with_logits(heard[..., :len(EVENT_NAMES)], activity)
+        return active * 20 + likelihood
 
     def forward(self, audio, text, targets):
         """Pooled (B, width) of both towers, targets (B, R) -> the sum of both cross-entropies, mean over clips."""
@@ -211,18 +262,22 @@ def forward(clap, mels, texts, misses):
 
 
 @torch.no_grad()
-def check(clap, mels, scenes, batch_size=64):
-    """Held-out scenes: share of clips nearer to their caption than to all near misses, and recall@1 in batches."""
-    ranked, found = [], []
+def check(clap, mels, scenes, family, batch_size=64):
+    """Held-out families: {"val_captions": share of clips nearer to their caption than to all near misses,
+    "val_clips": share of captions nearer to their clip than to its relatives, "val_recall": recall@1 in batches}."""
+    ranked, best, found, batch_size = [], [], [], batch_size // family * family
     for start in range(0, len(scenes) - batch_size + 1, batch_size):
         rows = range(start, start + batch_size)
         texts, misses = zip(*(texts_of(scenes[i], np.random.default_rng(derive_seed("check", i))) for i in rows))
         audio, text, wrong, *_ = forward(clap, mels[start:start + batch_size].float().to(clap.device), texts, misses)
-        cosines = audio @ text.T
+        cosines, place = (audio @ text.T).cpu(), torch.arange(batch_size)
         own = (audio[:, None] * wrong.view(len(audio), -1, wrong.shape[1])).sum(-1)
-        ranked += (cosines.diagonal() > own.amax(1)).tolist()
-        found += (cosines.argmax(1).cpu() == torch.arange(len(audio))).tolist()
-    return float(np.mean(ranked)), float(np.mean(found))
+        ranked += (cosines.diagonal() > own.amax(1).cpu()).tolist()
+        stranger = place[:, None] // family != place // family                             # (B, B)
+        best += (cosines.masked_fill(stranger, -2).argmax(0) == place).tolist()
+        found += (cosines.argmax(1) == place).tolist()
+    return {"val_captions": float(np.mean(ranked)), "val_clips": float(np.mean(best)),
+            "val_recall": float(np.mean(found))}
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -232,7 +287,6 @@ def in_a_layer(name, parameter):
     return parameter.ndim == 2 and (".layer." in name or ".blocks." in name) and "bias_table" not in name
 
 
-
 def train(args):
     """Train a Clap with the settings of `reward.py train_clap`; a killed run goes on exactly. -> the folder."""
     out = Path(args.out)
@@ -240,8 +294,10 @@ def train(args):
     device = choose_device(args.device)
     autocast = choose_dtype(args.dtype, device)
     world = {"seed": args.scene_seed + args.seed, "degraded": args.degraded, "pairs": "all"}
-    mels, scenes = render_scenes(out / "scenes", {**world, **HARDER, "split": "train"}, args.scenes, args.workers)
-    val_mels, val_scenes = render_scenes(out / "val_scenes", {**world, "split": "val"}, args.val_scenes, args.workers)
+    mels, scenes = render_scenes(out / "scenes", {**world, **HARDER, "split": "train"}, args.scenes, args.family,
+                                  args.workers)
+    val_mels, val_scenes = render_scenes(out / "val_scenes", {**world, **HARDER, "split": "val"}, args.val_scenes,
+                                         args.family, args.workers)
     clap = new_clap(args.width, args.text_width, args.seed).to(device)
     readout = ReadOut(2 * args.width, args.text_width).to(device)
     with torch.no_grad():                                               # BatchNorm's place in the original: mels in dB
@@ -252,7 +308,7 @@ def train(args):
     print(f"CLAP: {sum(p.numel() for p in clap.clap.parameters()) / 1e6:.2f} M parameters")
     settings = {name: getattr(args, name) for name in ("seed", "scene_seed", "scenes", "degraded", "width",
                                                        "text_width", "steps", "batch_size", "learning_rate",
-                                                       "weight_decay", "muon", "reading_weight", "hearing_weight")}
+                                                       "weight_decay", "muon", "reading_weight", "hearing_weight", "family")}
     state_path, step = out / "state.pt", 0
     if state_path.is_file():
         state = torch.load(state_path, map_location=device, weights_only=True)
@@ -267,7 +323,8 @@ def train(args):
     started, late, names = time.monotonic(), False, (EVENT_NAMES, COUNTABLE, NUMBERS)
     bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None)
     while step < args.steps and not late:
-        rows = batch_indices(args.seed, step, len(scenes), args.batch_size)
+        families = batch_indices(args.seed, step, len(scenes) // args.family, args.batch_size // args.family)
+        rows = (families[:, None] * args.family + torch.arange(args.family)).flatten()
         batch = [scenes[i] for i in rows]
         texts, misses = zip(*(texts_of(scene, np.random.default_rng(derive_seed(args.seed, "text", step, i)))
                               for i, scene in enumerate(batch)))
@@ -299,10 +356,11 @@ def train(args):
                    "hearing": hearing.item(), "ranked": ranked.item(), "scale": scales[0].item()}
             if last or step % args.val_every == 0:
                 clap.eval()
-                row["val_ranked"], row["val_recall"] = check(clap, val_mels, val_scenes)
+                row |= check(clap, val_mels, val_scenes, args.family)
                 clap.train()
-                tqdm.write(f"step {step}: loss {loss.item():.3f}; held-out scenes nearer to their caption than to all "
-                           f"near misses: {row['val_ranked']:.3f}; recall@1 of 64: {row['val_recall']:.3f}")
+                tqdm.write(f"step {step}: loss {loss.item():.3f}; held-out: captions told from near misses "
+                           f"{row['val_captions']:.3f}, clips from relatives {row['val_clips']:.3f}, recall@1 of 64 "
+                           f"{row['val_recall']:.3f}")
             append_jsonl(out / "log.jsonl", row)
         if last or step % 100 == 0:
             with atomic_path(state_path) as temporary:

@@ -106,7 +106,7 @@ def blurred(mel, kernel, amount):
     return mel + amount * (smooth - mel)
 
 
-def augment(mel, activity, rate, random):
+def augment(mel, activity, rate, random, mel_per_frame=MEL_PER_FRAME):
     """A training batch as other recordings and machines would leave it; `random` is the batch's torch.Generator.
 
     Moved in time (with its truth) by up to 0.4 s and in pitch by up to two bands; gain, tilt and a bend of the
@@ -124,7 +124,7 @@ def augment(mel, activity, rate, random):
     shifts = torch.randint(-3, 7, (batch,), generator=random).clamp(min=0).tolist()
     pitches = torch.randint(-2, 3, (batch,), generator=random).tolist()
     for row, (shift, pitch) in enumerate(zip(shifts, pitches)):
-        for part, frames, silence in ((mel[row].T, MEL_PER_FRAME, MEL_FLOOR), (activity[row], 1, 0), (rate[row], 2, 0)):
+        for part, frames, silence in ((mel[row].T, mel_per_frame, MEL_FLOOR), (activity[row], 1, 0), (rate[row], 2, 0)):
             part.copy_(part.roll(shift * frames, 0))
             part[:shift * frames] = silence
         if pitch:                                               # the bands that rolled in repeat their neighbour

@@ -30,6 +30,7 @@ MAX_HITS = 6                 # strikes of an uncounted "beeping"
 SOUNDS = Path(__file__).parent / "sounds"
 PITCH = 4                    # semitones that a recorded note is moved up or down, at the most
 NUMBERS = {2: "two", 3: "three", 4: "four"}  # what a prompt may count
+SHORTEST = 0.16              # seconds between counted strikes, at least
 
 
 @dataclass(frozen=True)
@@ -447,6 +448,27 @@ def caption(rng, relation, events):
     return joined(rng, relation, [event_phrase(rng, *event) for event in events])
 
 
+def spans(rng, relation, number, duration):
+    """When each of `number` events sounds: [(onset, offset)] in seconds; "then" shares `duration` with short gaps."""
+    if relation != "then":                                  # together: all fill the duration
+        return [(0.0, duration)] * number
+    edges = np.concatenate([[0], np.cumsum(rng.dirichlet([12] * number))]) * duration
+    return [(edges[i], edges[i + 1] - (rng.uniform(0.02, 0.1) if i < number - 1 else 0)) for i in range(number)]
+
+
+def perform(scene, rng, split):
+    """The sound of a Scene without its degradation -> (65536,); writes strikes and hits into its events."""
+    audio = np.zeros(CLIP_SAMPLES)
+    for event in scene.events:
+        start, stop = int(event.onset * SAMPLE_RATE), int(event.offset * SAMPLE_RATE)
+        wave, strikes = sound_event(rng, event.name, stop - start, event.count, split)
+        audio[start:stop] += wave * 10 ** (rng.uniform(-4, 0) / 20)
+        if strikes is not None:
+            event.strikes = [round(event.onset + s / SAMPLE_RATE, 4) for s in strikes]
+            event.hits = len(strikes)
+    return audio * (rng.uniform(0.5, 0.9) / (np.abs(audio).max() + 1e-9))
+
+
 class World:
     """Scenes of one split. `scene(i)` gives the truth and the prompt, `render(i)` also the audio.
 
@@ -496,17 +518,10 @@ class World:
         form = rng.choice(4, p=weights / weights.sum())
         number = (1, 2, 2, 3)[form]
         names = self._names(rng, number)
-        if form < 2:                                        # together: both fill the duration
-            spans = [(0.0, duration)] * number
-        else:                                               # in order: shares of the duration, short gaps
-            shares = rng.dirichlet([12] * number)
-            edges = np.concatenate([[0], np.cumsum(shares)]) * duration
-            spans = [(edges[i], edges[i + 1] - (rng.uniform(0.02, 0.1) if i < number - 1 else 0))
-                     for i in range(number)]
         events, phrases = [], []
-        for name, (onset, offset) in zip(names, spans):
+        for name, (onset, offset) in zip(names, spans(rng, FORMS[form], number, duration)):
             event, count = EVENTS[name], None
-            low, high = 0.16, 1.6 * SPACING[name][1] if event.countable else 0
+            low, high = SHORTEST, 1.6 * SPACING[name][1] if event.countable else 0
             fits = [c for c in NUMBERS if event.countable and low <= (offset - onset) / c <= high]
             if fits and rng.random() < self.counted:
                 count = int(rng.choice(fits))
@@ -521,16 +536,7 @@ class World:
     def render(self, index):
         """-> (audio float32 (65536,) in [-1, 1], Scene with strikes): the same for the same (split, seed, index)."""
         scene = self._compose(index)
-        rng = self._rng(index, "audio")
-        audio = np.zeros(CLIP_SAMPLES)
-        for event in scene.events:
-            start, stop = int(event.onset * SAMPLE_RATE), int(event.offset * SAMPLE_RATE)
-            wave, strikes = sound_event(rng, event.name, stop - start, event.count, self.split)
-            audio[start:stop] += wave * 10 ** (rng.uniform(-4, 0) / 20)
-            if strikes is not None:
-                event.strikes = [round(event.onset + s / SAMPLE_RATE, 4) for s in strikes]
-                event.hits = len(strikes)
-        audio *= rng.uniform(0.5, 0.9) / (np.abs(audio).max() + 1e-9)
+        audio = perform(scene, self._rng(index, "audio"), self.split)
         if scene.degradation:
             audio = degrade(audio, *scene.degradation, self._rng(index, "degradation"))
         return audio.astype(np.float32), scene

@@ -7,7 +7,7 @@ from conftest import relative_error
 import train_clap
 from clap import FrontEnd, build, load_clap, load_weights
 from common import UserError, generator
-from world import EVENTS, World
+from world import EVENTS, World, perform
 
 
 def small(seed=0):
@@ -150,6 +150,42 @@ def test_near_misses_are_never_true(monkeypatch):
     assert kinds > 300                                     # more than one kind a scene
 
 
+def test_heads_tell_before_from_after_from_the_start():
+    for stage in small().clap.audio_model.audio_encoder.layers:
+        for block in stage.blocks:
+            bias = block.attention.self.relative_position_bias_table.view(15, 15, -1)      # rows, columns, heads
+            assert torch.equal(bias, bias[:1].expand_as(bias))                             # the same for all pitches
+            slope = bias[0, 1:] - bias[0, :-1]
+            assert slope.min() < -0.5 and slope.max() > 0.5 and bias[:, 7].abs().max() == 0
+
+
+def test_relatives_sound_as_their_captions_say():
+    world, durations = World("train", pairs="all", counted=0.8), 0
+    for index in range(100):
+        scene = world.scene(index)
+        near = train_clap.relative(scene, np.random.default_rng(index))
+        assert train_clap.story(near) != train_clap.story(scene)
+        durations += near.duration == scene.duration
+        audio = perform(near, np.random.default_rng(index), "train")
+        assert audio.shape == (65536,) and np.abs(audio[int(near.duration * 16000) + 1:]).max(initial=0) == 0
+        for event in near.events:
+            assert event.count is None or event.hits == event.count
+            assert np.abs(audio[int(event.onset * 16000):int(event.offset * 16000)]).max() > 0.01
+        onsets = [event.onset for event in near.events]
+        assert onsets == sorted(onsets) and (near.relation == "then") == (len(set(onsets)) > 1)
+    assert durations > 60
+
+
+def test_a_family_is_rendered_together(tmp_path):
+    settings = {"split": "val", "pairs": "all"}
+    mels, scenes = train_clap.render_scenes(tmp_path / "a", settings, 8, 4, 1, chunk=1)
+    again, same = train_clap.render_scenes(tmp_path / "b", settings, 8, 4, 1, chunk=2)
+    assert torch.equal(mels, again) and scenes == same and mels.shape == (8, 126, 128)
+    assert [scene.index for scene in scenes] == [0] * 4 + [1] * 4
+    alone, single = train_clap.render_scenes(tmp_path / "c", settings, 2, 1, 1)
+    assert torch.equal(alone, mels[::4]) and single == scenes[::4]
+
+
 def test_contrastive_loss_closed_forms():
     eye = torch.eye(4)
     nothing = torch.zeros(4, 4, dtype=torch.bool)
@@ -171,7 +207,7 @@ def test_training_learns_and_resumes_exactly(tmp_path):
         args = argparse.Namespace(out=out, device="cpu", dtype="float32", scene_seed=3000, seed=0, scenes=64,
                                   val_scenes=64, degraded=0.0, workers=1, width=16, text_width=16, steps=steps,
                                   batch_size=16, learning_rate=2e-3, muon=10.0, weight_decay=0.0,
-                                  reading_weight=0.1, hearing_weight=0.5, max_minutes=stop, val_every=1000)
+                                  reading_weight=0.1, hearing_weight=0.5, family=4, max_minutes=stop, val_every=1000)
         return train_clap.train(args)
     assert run(tmp_path / "whole", 30)
     (tmp_path / "parts").mkdir()
@@ -183,7 +219,7 @@ def test_training_learns_and_resumes_exactly(tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     from common import read_jsonl
     rows = read_jsonl(tmp_path / "whole" / "log.jsonl")
-    assert rows[-1]["loss"] < 8 and set(rows[-1]) >= {"val_ranked", "val_recall"}
+    assert rows[-1]["loss"] < 8 and set(rows[-1]) >= {"val_captions", "val_clips", "val_recall"}
     start = small(0).clap.state_dict()
     still = [name for name, tensor in start.items() if tensor.is_floating_point()
              and torch.equal(tensor.half(), whole[name])]
