@@ -3,6 +3,7 @@
     python alignment.py --checkpoint runs/crpo/iteration_5                       # against checkpoints/toy/base
     python alignment.py --checkpoint runs/a runs/b runs/c --prompts 1024         # training seeds, pooled and each
     python alignment.py best_of --counts 1 5 10 15                               # the reward chooses (paper A.3)
+    python alignment.py crpo_search --runs runs/search/* # runs of crpo.py, on the held-out prompts that they share
 
 Who says so: the reward (the CLAP that ranked: the one that can be fooled), the judge (a CLAP that ranked nothing),
 and the truth of the world as the judge's tagger hears it: event F1, order, exact scenes. Beside them the Frechet
@@ -12,6 +13,7 @@ Every difference is paired over prompts, its 95 % interval comes from resampling
 Letters: N prompts, K events, W feature width, S training seeds.
 """
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 
 import metrics
 from clap import load_clap
-from common import UserError, in_range, load_tensors, parse_arguments, run_main, save_tensors
+from common import UserError, in_range, load_tensors, parse_arguments, read_json, run_main, save_tensors
 from evaluate import markdown, render, sampled, write_report
 from model import load_model
 from reward import JUDGE, REWARD
@@ -172,16 +174,57 @@ def best_of(args):
         markdown(["N", *HEADS[:6], "Frechet ratio"], table)], numbers, "alignment.py")
 
 
+def command_of(settings):
+    """The crpo.py command that makes a run with these settings (its config.json)."""
+    import crpo
+    parser, words = crpo.make_parser(), ["python crpo.py"]
+    for action in parser._actions:
+        value = settings.get(action.dest, action.default)
+        if value != action.default and action.dest in settings:
+            flag = action.option_strings[0]
+            words.append(flag if value is True else flag.replace("--", "--no-", 1) if value is False else
+                         f"{flag} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
+def search(args):
+    """What each iteration of each run of crpo.py in --runs gained on the run's held-out prompts, and its command."""
+    rows, numbers = [], {}
+    for run in map(Path, args.runs):
+        settings = read_json(run / "config.json")
+        real, base = (heard(run / f"{name}.safetensors", None, None, None) for name in ("real", "base"))
+        for k in range(1, settings["iterations"] + 1):
+            folder = run / f"iteration_{k}"
+            if not (folder / "heard.safetensors").is_file():
+                break
+            report = read_json(folder / "report.json")
+            change = gains([heard(folder / "heard.safetensors", None, None, None)], base, real, args.draws, args.seed)
+            numbers[str(folder)] = {"command": command_of(settings), "report": report, "gains": change}
+            rows.append([f"`{command_of(settings)}`" if k == 1 else "", k, report["pairs"],
+                         f"{report['accuracy']:.2f}", f"{report['winner'] / report['reference_winner']:.3f}",
+                         *("{:+.4f} ({:+.4f} to {:+.4f})".format(*change[key]) for key in SCORES),
+                         "x {:.3f} ({:.3f} to {:.3f})".format(*change["frechet"])])
+    if not rows:
+        raise UserError(f"{' '.join(args.runs)}: no finished iteration of crpo.py; pass the --out of its runs")
+    write_report(args, "Search for the settings of crpo.py", [
+        "Gains over the base on each run's held-out prompts, with 95 % intervals; accuracy: implicit, on the "
+        "iteration's pairs; winners: their loss over the reference's.",
+        markdown(["command", "iteration", "pairs", "accuracy", "winners", *HEADS[:6], "Frechet"], rows)],
+        numbers, "alignment.py")
+
+
 def make_parser():
     """All flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["alignment", "best_of"], default="alignment",
+    parser.add_argument("command", nargs="?", choices=["alignment", "best_of", "crpo_search"],
+                        default="alignment",
                         help="which table (default: alignment)")
     group = parser.add_argument_group("what to compare")
     group.add_argument("--checkpoint", nargs="+", default=[str(DEFAULT_CHECKPOINT)], help="model folders to judge")
     group.add_argument("--against", default=str(DEFAULT_CHECKPOINT), help="the base (default: the bundled one)")
     group.add_argument("--counts", type=int, nargs="+", default=[1, 5, 10, 15],
                        help="the N of best_of (default: 1 5 10 15, as paper Table 5)")
+    group.add_argument("--runs", nargs="+", default=[], help="of crpo_search: what crpo.py wrote (its --out)")
     group.add_argument("--prompts", type=int, default=1024, help="held-out prompts (default: 1024)")
     group.add_argument("--pairs", choices=["seen", "unseen", "all"], default="unseen",
                        help="pairs of events of the prompts (default: unseen)")
@@ -206,7 +249,9 @@ def main(argv=None):
     in_range("--draws", args.draws, 1, 1e6)
     if min(args.counts) < 1 or (args.command == "best_of" and len(args.checkpoint) > 1):
         raise UserError("--counts must be at least 1, and best_of takes one --checkpoint")
-    compare(args) if args.command == "alignment" else best_of(args)
+    if args.command == "crpo_search" and not args.runs:
+        raise UserError("crpo_search needs --runs, the --out folders of crpo.py")
+    {"alignment": compare, "best_of": best_of, "crpo_search": search}[args.command](args)
     print("next: python sample.py --checkpoint FOLDER makes its clips again, to hear the difference")
 
 

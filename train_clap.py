@@ -45,6 +45,8 @@ PREPROCESSOR = dict(feature_extractor_type="ClapFeatureExtractor", feature_size=
 HARDER = {"relations": (0.1, 0.3, 0.35, 0.25), "counted": 0.7}          # mixtures and counts are learned slowest
 KINDS = (0.3, 0.3, 0.1, 0.15, 0.15)                                     # of near misses: order and count slower still
 NEAR_MISSES, STEPS, FRAMES = 4, 16, 64                                  # of 256 ms; of 64 ms, as in targets
+TRAINED_WITH = ("seed", "scene_seed", "scenes", "family", "degraded", "width", "text_width", "steps", "batch_size",
+                "learning_rate", "weight_decay", "muon", "reading_weight", "hearing_weight")
 LARGEST_SCALE = math.log(100)                                           # as CLIP: logits at most 100 times the cosine
 
 
@@ -306,9 +308,7 @@ def train(args):
     both = nn.ModuleDict({"clap": clap.clap, "readout": readout})
     optimizer = make_optimizer(dict(both.named_parameters()), (0.9, 0.98), args.weight_decay, args.muon, in_a_layer)
     print(f"CLAP: {sum(p.numel() for p in clap.clap.parameters()) / 1e6:.2f} M parameters")
-    settings = {name: getattr(args, name) for name in ("seed", "scene_seed", "scenes", "degraded", "width",
-                                                       "text_width", "steps", "batch_size", "learning_rate",
-                                                       "weight_decay", "muon", "reading_weight", "hearing_weight", "family")}
+    settings = {name: getattr(args, name) for name in TRAINED_WITH}
     state_path, step = out / "state.pt", 0
     if state_path.is_file():
         state = torch.load(state_path, map_location=device, weights_only=True)

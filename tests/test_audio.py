@@ -166,7 +166,8 @@ def test_mel_picture_shows_a_tone_at_its_frequency():
 def test_spectrogram_picture(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     noise = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0))
-    sounds, titles = [noise, np.zeros(50, np.float32), torch.ones(1)], ["rain $x", "\U0001f40d \u5c0f\u63d0", "x " * 200]
+    sounds, titles = [noise, np.zeros(50, np.float32), torch.ones(1)], [
+        "rain $x", "\U0001f40d \u5c0f\u63d0", "x " * 200]
     assert audio.save_spectrogram(tmp_path / "a.png", sounds, titles, 44100)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

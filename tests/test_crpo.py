@@ -112,6 +112,22 @@ def whole(tiny):
     return tiny / "whole", rows
 
 
+def test_the_table_of_runs_gives_each_run_its_command(whole, tmp_path):
+    import alignment
+    out, _ = whole
+    assert alignment.main(["crpo_search", "--runs", str(out), "--draws", "20", "--out", str(tmp_path)]) is None
+    found = read_json(tmp_path / "crpo_search.json")
+    words = found[str(out / "iteration_1")]["command"].split()
+    assert words[:2] == ["python", "crpo.py"] and "--out" not in words and "--no-decay" not in words
+    assert words[words.index("--learning_rate") + 1] == "0.003" and f"{out}/iteration_2" in found
+    settings = {**read_json(out / "config.json"), "decay": False, "offline": True}
+    again = alignment.command_of(settings).split()
+    assert vars(crpo.parse_args(again[2:] + ["--out", "x"])) | {"out": 0} == vars(crpo.parse_args(
+        words[2:] + ["--no-decay", "--offline", "--out", "x"])) | {"out": 0}
+    with pytest.raises(UserError, match="config.json is missing"):
+        alignment.main(["crpo_search", "--runs", str(tmp_path), "--out", str(tmp_path)])
+
+
 def test_the_loop_leaves_what_it_says(tiny, whole):
     from model import load_model
     from sample import generate

@@ -25,7 +25,8 @@ def scene(relation, **counts):
 
 def reading(**events):
     """reading(rain=(0, 1)) or reading(beep=(0, 1, 3)): onset, offset, count."""
-    return Reading({name: Heard(span[0], span[1], 0.9, span[2] if len(span) > 2 else None) for name, span in events.items()})
+    return Reading({name: Heard(span[0], span[1], 0.9, span[2] if len(span) > 2 else None)
+                    for name, span in events.items()})
 
 
 def scored(heard, truth):
@@ -60,7 +61,8 @@ def test_one_clip(heard, truth, f1, exact):
 
 def test_order_is_over_all_ordered_prompts():
     """A missing event is wrong, and prompts without an order do not count."""
-    rows = metrics.tally_all([reading(violin=(0, 1), rain=(1, 2)), reading(violin=(0, 1)), reading(violin=(0, 1), rain=(0, 1)),
+    rows = metrics.tally_all([reading(violin=(0, 1), rain=(1, 2)), reading(violin=(0, 1)),
+                              reading(violin=(0, 1), rain=(0, 1)),
                               reading(rain=(0, 1), violin=(1, 2))], [THEN, THEN, AND, THEN])
     assert metrics.scores(rows)["order"] == pytest.approx(1 / 3)
     assert math.isnan(scored(reading(), AND)["order"])
@@ -105,7 +107,8 @@ def test_bootstrap_covers_and_is_seeded():
 
 
 def test_match_prefers_the_better_reading():
-    order = [reading(), reading(violin=(0, 1)), reading(rain=(0, 1), violin=(1, 2)), reading(violin=(0, 1), rain=(1, 2))]
+    order = [reading(), reading(violin=(0, 1)), reading(rain=(0, 1), violin=(1, 2)),
+             reading(violin=(0, 1), rain=(1, 2))]
     values = [metrics.match(heard, THEN) for heard in order]
     assert values == sorted(values) and len(set(values)) == 4
 
@@ -233,10 +236,13 @@ def test_other_settings_are_other_latents(folder, tmp_path):
     ([], "required"), (["listen"], "listen"), (["scenes", "--prompts", "0"], "--prompts is 0"),
     (["duration", "--durations", "nan"], "--durations is nan"), (["steps", "--grid", "0"], "--grid is 0"),
     (["scenes", "--guidance_scale", "nan"], "--guidance_scale is nan"), (["scenes", "--steps", "many"], "many"),
-    (["scenes", "--checkpoint", "nowhere"], "nowhere is missing"), (["codec", "--tagger", "."], "tagger.safetensors is missing")])
+    (["scenes", "--checkpoint", "nowhere"], "nowhere is missing"),
+    (["codec", "--tagger", "."], "tagger.safetensors is missing")])
 def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    known = arguments[:1] + ["--checkpoint", str(folder), "--device", "cpu"] + arguments[1:] if len(arguments) > 1 else arguments
+    known = arguments
+    if len(arguments) > 1:
+        known = arguments[:1] + ["--checkpoint", str(folder), "--device", "cpu"] + arguments[1:]
     with pytest.raises(SystemExit) as exit_info:
         evaluate.run_main(lambda: evaluate.main(known))
     error = capsys.readouterr().err

@@ -78,7 +78,8 @@ def fixture_conditions(fixture, samples):
     states = fixture.tensors["sampler.encoder_hidden_states_before_duration"]
     mask = fixture.tensors["sampler.mask"].bool()
     duration = torch.full((samples,), float(fixture.info["values"]["sampler"]["duration"]))
-    null, cond = (Condition(states[rows], None, mask[rows], duration) for rows in (slice(samples), slice(samples, None)))
+    null, cond = (Condition(states[rows], None, mask[rows], duration)
+                  for rows in (slice(samples), slice(samples, None)))
     return cond, null
 
 
@@ -118,7 +119,8 @@ def make_folder(path, frames=8):
     """
     from vae import make_codec
     config = PRESETS["toy"] | dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=24,
-                                   axes_dims_rope=[8, 8, 8], joint_attention_dim=16, audio_seq_len=frames, in_channels=6,
+                                   axes_dims_rope=[8, 8, 8], joint_attention_dim=16,
+                                    audio_seq_len=frames, in_channels=6,
                                    max_duration=frames * 0.064)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -243,7 +245,8 @@ def test_many_prompts_and_files(folder, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
         {"prompt_id": 1, "prompt": "rain", "duration": 0.2}, {"prompt_id": 2, "prompt": "wind"})))
     run(folder, "--prompt", "a violin", "--prompt_file", tmp_path / "prompts.jsonl", "--num_samples", 2,
-        *(["--plot"] if PICTURES else []), "--output", tmp_path / "out", "--duration", 0.4, "--negative_prompt", "wind", "--solver", "heun")
+        *(["--plot"] if PICTURES else []), "--output", tmp_path / "out", "--duration", 0.4,
+         "--negative_prompt", "wind", "--solver", "heun")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.wav")}
     assert sizes == {f"{i:04d}_{name}.wav": 44 + 2 * samples for i, (name, samples) in enumerate(
         [("a-violin", 6400)] * 2 + [("rain", 3200)] * 2 + [("wind", 6400)] * 2)}
@@ -286,7 +289,8 @@ def test_file_names_keep_letters_of_any_script():
 
 
 @pytest.mark.parametrize("prompt, shown", [
-    ("a zebra", "no words for: zebra"), ("\U0001f600 rain", "no words for: \U0001f600"), ("\u4e0b\u96e8", "\u4e0b\u96e8"),
+    ("a zebra", "no words for: zebra"), ("\U0001f600 rain", "no words for: \U0001f600"),
+    ("\u4e0b\u96e8", "\u4e0b\u96e8"),
     ("rain and wind " * 720, "cut to 64 tokens"), (" ", "any sound at all")])
 def test_odd_prompts_warn(folder, tmp_path, capsys, prompt, shown):
     run(folder, "--prompt", prompt, "--output", tmp_path / "x.wav")
@@ -307,14 +311,20 @@ def broken_copy(folder, target, name, size):
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", "0"], "--steps is 0"), (["--steps", "1001"], "between 1 and 1000"), (["--steps", "nan"], "--steps"),
     (["--guidance_scale", "nan"], "--guidance_scale is nan"), (["--guidance_scale", "-1"], "between 0 and 50"),
-    (["--duration", "nan"], "--duration is nan"), (["--duration", "0"], "must be above 0"), (["--duration", "99"], "at most 0.512"),
-    (["--duration", "inf"], "duration is inf"), (["--num_samples", "0"], "--num_samples is 0"), (["--solver", "rk4"], "rk4"),
-    (["--prompt_file", "missing.txt"], "missing.txt is missing"), (["--prompt_file", "empty.txt"], "has no prompt in it"),
-    (["--prompt_file", "rows.jsonl"], 'has no "prompt"'), (["--prompt_file", "nan.jsonl"], "nan.jsonl row 1: duration is nan"),
+    (["--duration", "nan"], "--duration is nan"), (["--duration", "0"], "must be above 0"),
+    (["--duration", "99"], "at most 0.512"),
+    (["--duration", "inf"], "duration is inf"), (["--num_samples", "0"], "--num_samples is 0"),
+    (["--solver", "rk4"], "rk4"),
+    (["--prompt_file", "missing.txt"], "missing.txt is missing"),
+    (["--prompt_file", "empty.txt"], "has no prompt in it"),
+    (["--prompt_file", "rows.jsonl"], 'has no "prompt"'),
+    (["--prompt_file", "nan.jsonl"], "nan.jsonl row 1: duration is nan"),
     (["--prompt_file", "binary.txt"], "is not readable text"),
-    (["--output", "a.mp3"], "only WAV files"), (["--output", "empty.txt/inside"], "cannot write into"), (["--num_samples", "2", "--output", "one.wav"], "is one file"),
+    (["--output", "a.mp3"], "only WAV files"), (["--output", "empty.txt/inside"], "cannot write into"),
+    (["--num_samples", "2", "--output", "one.wav"], "is one file"),
     (["--checkpoint", "nowhere"], "nowhere is missing"), (["--checkpoint", "cut"], "not a whole safetensors file"),
-    (["--checkpoint", "no_config"], "config.json"), (["--device", "abacus"], "abacus"), (["--frobnicate"], "--frobnicate")])
+    (["--checkpoint", "no_config"], "config.json"), (["--device", "abacus"], "abacus"),
+    (["--frobnicate"], "--frobnicate")])
 def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n  \n")

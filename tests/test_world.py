@@ -76,7 +76,8 @@ def test_truth_fits_the_sound():
             assert event.count is None or event.hits == event.count
             words = world.NUMBERS.get(event.count, "")
             assert words in scene.prompt
-    assert set(" ".join(source.scene(i).prompt for i in range(300)).replace(",", "").split()) <= set(world.known_words())
+    prompts = " ".join(source.scene(i).prompt for i in range(300))
+    assert set(prompts.replace(",", "").split()) <= set(world.known_words())
 
 
 @pytest.mark.parametrize("kind", world.DEGRADATIONS)
