@@ -13,8 +13,9 @@ scores.jsonl says: sample.py --seed seed_k --first_index i makes it again.
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEANS over (L, C), as the code (the paper's Eq. 2 has sums and no 0.5; its beta is not
     given): --reduction sum --half 1 is Eq. 2;
-  - t is logit-normal, as the code (--t_distribution uniform is Eq. 2); winner and loser share noise and t, as the
-    code (Eq. 2 does not say; --no-shared_noise);
+  - t is logit-normal, as the code (--t_distribution uniform is Eq. 2), here nearer to noise as in the training of the
+    base (the code: --t_mean 0); winner and loser share noise and t, as the code (Eq. 2 does not say;
+    --no-shared_noise);
   - sampled latents are trained on directly (the code goes through wav files and the VAE: --reencode);
   - every iteration, prompt and clip has noise of its own (the code: the same N noises for all of them, always);
   - fine-tuning keeps condition dropout, its rate decays to 0, weights are averaged and the average is carried on
@@ -419,10 +420,10 @@ def make_parser():
                        help="winner and loser share the noise; t they always share (default: shared, as official)")
     group.add_argument("--t_distribution", choices=["logit_normal", "uniform"], default="logit_normal",
                        help="of t (default: logit_normal, as the official code; Eq. 2: uniform)")
-    flag(group, "--t_mean", 0.0, "of the logit-normal t (default: DEFAULT; official code: 0)")
+    flag(group, "--t_mean", 0.8, "of the logit-normal t (default: DEFAULT, as the base; official code: 0)")
     flag(group, "--dropout", 0.1, "share of pairs losing their text (default: DEFAULT; official: 0)")
     group = parser.add_argument_group("optimizer (paper 3.1, A.5)")
-    flag(group, "--epochs", 8, "over the pairs of an iteration (default: DEFAULT; paper: 8)")
+    flag(group, "--epochs", 16, "over the pairs of an iteration (default: DEFAULT; paper: 8)")
     flag(group, "--batch_size", 48, "pairs (default: DEFAULT; paper: 48)")
     flag(group, "--learning_rate", 1e-4, "peak (default: DEFAULT; paper: 1e-5)")
     flag(group, "--warmup_steps", 10, "at most a quarter of the steps (default: DEFAULT; paper: 100)")
