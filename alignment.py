@@ -1,6 +1,6 @@
 """Is an aligned model better than its base? Both make the same prompts from the same noise (paper 4.2, Table 3).
 
-    python alignment.py --checkpoint runs/crpo/iteration_5                       # against checkpoints/toy/base
+    python alignment.py                                                          # the bundled aligned model, base
     python alignment.py --checkpoint runs/a runs/b runs/c --prompts 1024         # training seeds, pooled and each
     python alignment.py best_of --counts 1 5 10 15                               # the reward chooses (paper A.3)
     python alignment.py crpo_search --runs runs/search/* # runs of crpo.py, on the held-out prompts that they share
@@ -25,7 +25,7 @@ from common import UserError, in_range, load_tensors, parse_arguments, read_json
 from evaluate import markdown, render, sampled, write_report
 from model import load_model
 from reward import JUDGE, REWARD
-from sample import DEFAULT_CHECKPOINT, add_sampling_flags, check_sampling_flags
+from sample import BASE, DEFAULT_CHECKPOINT, add_sampling_flags, check_sampling_flags
 from tagger import features, hear, load_tagger, posteriors
 from world import SAMPLE_RATE, World
 
@@ -36,7 +36,7 @@ HEADS = ["reward", "judge", "event F1", "order", "count", "exact scene", "Freche
 class Ears:
     """All that listens: two CLAPs and two taggers of a folder."""
 
-    def __init__(self, tagger=DEFAULT_CHECKPOINT, reward=REWARD, judge=JUDGE, device="cpu"):
+    def __init__(self, tagger=BASE, reward=REWARD, judge=JUDGE, device="cpu"):
         self.reward, self.judge = load_clap(reward, device), load_clap(judge, device)
         self.truth, self.features = load_tagger(tagger, "judge"), load_tagger(tagger, "features")
 
@@ -220,8 +220,9 @@ def make_parser():
                         default="alignment",
                         help="which table (default: alignment)")
     group = parser.add_argument_group("what to compare")
-    group.add_argument("--checkpoint", nargs="+", default=[str(DEFAULT_CHECKPOINT)], help="model folders to judge")
-    group.add_argument("--against", default=str(DEFAULT_CHECKPOINT), help="the base (default: the bundled one)")
+    group.add_argument("--checkpoint", nargs="+", default=[str(DEFAULT_CHECKPOINT)],
+                       help="model folders to judge (default: the bundled aligned one)")
+    group.add_argument("--against", default=str(BASE), help="the base (default: the bundled one)")
     group.add_argument("--counts", type=int, nargs="+", default=[1, 5, 10, 15],
                        help="the N of best_of (default: 1 5 10 15, as paper Table 5)")
     group.add_argument("--runs", nargs="+", default=[], help="of crpo_search: what crpo.py wrote (its --out)")
@@ -234,7 +235,7 @@ def make_parser():
     group = parser.add_argument_group("who listens, and where to")
     group.add_argument("--reward", default=str(REWARD), help="the CLAP that ranked (default: the bundled one)")
     group.add_argument("--judge", default=str(JUDGE), help="the CLAP that judges (default: the bundled one)")
-    group.add_argument("--tagger", default=str(DEFAULT_CHECKPOINT), help="folder of both taggers")
+    group.add_argument("--tagger", default=str(BASE), help="folder of both taggers")
     group.add_argument("--cache", default="cache/evaluate", help="of generated latents (default: cache/evaluate)")
     group.add_argument("--out", default="results", help="folder of the tables (default: results)")
     group.add_argument("--batch_size", type=int, default=32, help="samples at a time (default: 32)")

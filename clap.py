@@ -1,6 +1,6 @@
 """CLAP: how well audio fits a text, as one number (paper 2.5: the reward that ranks; 4.1: a metric that judges).
 
-    clap = load_clap("checkpoints/toy/clap_reward")          # or "laion/clap-htsat-unfused", the paper's
+    clap = load_clap("checkpoints/toy/base/clap_reward")     # or "laion/clap-htsat-unfused", the paper's
     scores = clap.scores(audios, sampling_rate, prompts)     # (N,), cosines in [-1, 1]
 
 The network is transformers' ClapModel. Its log-mel front end runs here, batched in torch, and equals

@@ -44,7 +44,7 @@ from model import concat_conditions, load_model, model_folder, resolve, save_mod
 from preferences import (draw_prompts, make_candidates, prompt_pool, score_candidates, static_pairs,
                          write_pairs)
 from reward import JUDGE, REWARD, read_pairs
-from sample import DEFAULT_CHECKPOINT, add_sampling_flags, check_sampling_flags, decode, generate
+from sample import BASE, add_sampling_flags, check_sampling_flags, decode, generate
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from training import (average_decay, choose_dtype, copy_weights, draw_log, linear_decay, load_state,
                       make_optimizer, save_state, set_rate, trainable, trim_log, update_average)
@@ -396,7 +396,7 @@ def make_parser():
         group.add_argument(name, default=default, type=kind or type(default),
                            help=what.replace("DEFAULT", "%(default)s"), **more)
     group = parser.add_argument_group("the loop (paper 2.5, 3.2)")
-    flag(group, "--checkpoint", str(DEFAULT_CHECKPOINT), "model folder or hub id (default: checkpoints/toy/base)")
+    flag(group, "--checkpoint", str(BASE), "model folder or hub id (default: checkpoints/toy/base)")
     flag(group, "--iterations", 5, "default: DEFAULT; paper: 5")
     flag(group, "--prompts", 256, "M, drawn anew from the pool in each iteration (default: DEFAULT; paper: 20000)")
     flag(group, "--num_samples", 5, "N, clips of each prompt (default: DEFAULT; paper: 5)")
@@ -439,7 +439,7 @@ def make_parser():
     group = parser.add_argument_group("who listens")
     flag(group, "--reward", str(REWARD), "the CLAP that ranks (default: clap_reward; paper: laion/clap-htsat-unfused)")
     flag(group, "--judge", str(JUDGE), "the CLAP that judges only (default: clap_judge; paper: laion/clap-htsat-fused)")
-    flag(group, "--tagger", str(DEFAULT_CHECKPOINT), "folder of the world's taggers")
+    flag(group, "--tagger", str(BASE), "folder of the world's taggers")
     flag(group, "--evaluate", 256, "held-out prompts after each iteration (default: DEFAULT)")
     flag(group, "--evaluation_seed", 7, "of their noise (default: DEFAULT)")
     group = parser.add_argument_group("run")

@@ -29,7 +29,7 @@ from audio import fit_audio, resample
 from cache import module_hash, settings_key
 from common import (UserError, atomic_path, check_writable, generator, in_range, load_tensors, parse_arguments,
                     run_main, save_tensors, warn, write_json)
-from sample import (DEFAULT_CHECKPOINT, DEFAULT_PROMPT, EVALUATIONS, HERE, SOLVERS, add_model_flags, add_sampling_flags,
+from sample import (BASE, DEFAULT_PROMPT, EVALUATIONS, HERE, SOLVERS, add_model_flags, add_sampling_flags,
                     check_sampling_flags, decode, default_duration, generate, load_for_sampling)
 from tagger import FILES, hear, load_tagger
 from vocoder import MEL_16K, LogMel, griffin_lim, log_mel_error
@@ -467,9 +467,9 @@ def make_parser():
                                help="values of t (default 0.5 0.7 0.85 0.95 1)")
         add_sampling_flags(command, {codec: ["seed"], text: ["seed"], steps: ["guidance_scale", "seed"]}.get(
             run, ["steps", "guidance_scale", "solver", "seed"]))
-        add_model_flags(command, batch_size=32)
+        add_model_flags(command, 32, BASE)
         group = command.add_argument_group("folders")
-        group.add_argument("--tagger", default=str(DEFAULT_CHECKPOINT),
+        group.add_argument("--tagger", default=str(BASE),
                            help="folder of the taggers (default: the bundled model)")
         group.add_argument("--out", default="results", help="where the report goes (default results)")
         group.add_argument("--cache", default="cache/evaluate", help="where latents are kept (default cache/evaluate)")

@@ -28,7 +28,8 @@ from model import Condition, concat_conditions, encode_prompts, load_model, null
 from text import well_formed
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_CHECKPOINT = HERE / "checkpoints" / "toy" / "base"
+BASE = HERE / "checkpoints" / "toy" / "base"
+DEFAULT_CHECKPOINT = HERE / "checkpoints" / "toy" / "aligned"     # chosen once: README, "Align it"
 OFFICIAL = "declare-lab/TangoFlux"
 DEFAULT_PROMPT = "a violin followed by rain"
 
@@ -299,11 +300,11 @@ def add_sampling_flags(parser, names=("steps", "guidance_scale", "solver", "seed
         group.add_argument(f"--{name}", **flags[name])
 
 
-def add_model_flags(parser, batch_size=16):
+def add_model_flags(parser, batch_size=16, checkpoint=DEFAULT_CHECKPOINT):
     """--checkpoint, --batch_size, --dtype, --device."""
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--checkpoint", default=str(DEFAULT_CHECKPOINT),
-                       help=f"model folder or hub id (default: the bundled checkpoints/toy/base; paper: {OFFICIAL})")
+    group.add_argument("--checkpoint", default=str(checkpoint), help="model folder or hub id (default: the bundled "
+                       f"{checkpoint.relative_to(HERE)}; paper: {OFFICIAL})")
     group.add_argument("--batch_size", type=int, default=batch_size, help=f"samples at a time (default {batch_size})")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
                        help="precision of the networks (default float32, as the official code)")
