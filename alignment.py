@@ -1,4 +1,4 @@
-"""Is an aligned model better than its base? Both make the same prompts from the same noise (paper 4.2, Table 3).
+"""Is an aligned model better than its base? Both make the same prompts from the same noise (paper 4.3, Table 3).
 
     python alignment.py                                                          # the bundled aligned model, base
     python alignment.py --checkpoint runs/a runs/b runs/c --prompts 1024         # training seeds, pooled and each
@@ -61,6 +61,11 @@ def heard(path, ears, clips_of, scenes):
         if path is not None:
             save_tensors(path, found)
     return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def kept(path):
+    """What `heard` left in a file, as arrays; UserError if it is missing."""
+    return {name: tensor.numpy() for name, tensor in load_tensors(Path(path)).items()}
 
 
 def summary(found, real):
@@ -192,13 +197,13 @@ def search(args):
     rows, numbers = [], {}
     for run in map(Path, args.runs):
         settings = read_json(run / "config.json")
-        real, base = (heard(run / f"{name}.safetensors", None, None, None) for name in ("real", "base"))
+        real, base = (kept(run / f"{name}.safetensors") for name in ("real", "base"))
         for k in range(1, settings["iterations"] + 1):
             folder = run / f"iteration_{k}"
             if not (folder / "heard.safetensors").is_file():
                 break
             report = read_json(folder / "report.json")
-            change = gains([heard(folder / "heard.safetensors", None, None, None)], base, real, args.draws, args.seed)
+            change = gains([kept(folder / "heard.safetensors")], base, real, args.draws, args.seed)
             numbers[str(folder)] = {"command": command_of(settings), "report": report, "gains": change}
             rows.append([f"`{command_of(settings)}`" if k == 1 else "", k, report["pairs"],
                          f"{report['accuracy']:.2f}", f"{report['winner'] / report['reference_winner']:.3f}",

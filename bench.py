@@ -164,7 +164,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["crpo"], help="what to time")
     parser.add_argument("--prompts", type=int, default=24, help="M (default: 24)")
-    parser.add_argument("--train_steps", type=int, help="default: the 8 epochs of crpo.py over M pairs")
+    parser.add_argument("--train_steps", type=int, help="default: the --epochs of crpo.py over M pairs")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs after one to warm up (default: 3)")
     parser.add_argument("--out", default="results", help="folder of the table (default: results)")
     args = parse_arguments(parser, argv)

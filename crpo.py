@@ -2,13 +2,15 @@
 
     python crpo.py                                       # the bundled base model, 5 iterations, on a CPU
     python crpo.py --iterations 1 --prompts 64 --evaluate 64 --out runs/quick            # a few minutes of it
-    python crpo.py --fm_weight 0 --out runs/dpo          # L_DPO-FM alone (paper 4.5); --offline: Fig. 2
+    python crpo.py --offline --out runs/offline          # the base's pairs in all iterations (paper Fig. 2)
+    python crpo.py --offline --fm_weight 0 --out runs/dpo        # L_DPO-FM alone on them (paper 4.5)
     python crpo.py --pairs audio_alpaca.json --checkpoint declare-lab/TangoFlux          # a static set (paper 4.3)
 
 Each iteration is a folder: prompts.jsonl, candidates.safetensors, scores.jsonl, pairs.jsonl, pairs.safetensors, the
-model folder, state.pt, log.jsonl, heard.safetensors. Every stage leaves its file and is skipped where it is found: a
-killed run goes on and ends with the same pairs and weights. Clip i of iteration k is made from (seed_k, i), as
-scores.jsonl says: sample.py --seed seed_k --first_index i makes it again.
+model folder, state.pt, log.jsonl, report.json, heard.safetensors. Every stage leaves its file and is skipped where it
+is found: a killed run goes on and ends with the same pairs and weights. Clip i of iteration k is made from (seed_k, i),
+as scores.jsonl says, by the policy of iteration k - 1: sample.py --checkpoint POLICY --prompt PROMPT --duration SECONDS
+--steps 10 --seed seed_k --first_index i makes it again.
 
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEANS over (L, C), as the code (the paper's Eq. 2 has sums and no 0.5; its beta is not
@@ -18,8 +20,8 @@ Where paper and official code differ, we do this:
     --no-shared_noise);
   - sampled latents are trained on directly (the code goes through wav files and the VAE: --reencode);
   - every iteration, prompt and clip has noise of its own (the code: the same N noises for all of them, always);
-  - fine-tuning keeps condition dropout, its rate decays to 0, weights are averaged and the average is carried on
-    (the paper: constant after warm-up, last weights: --carry raw; no dropout: --dropout 0).
+  - fine-tuning keeps condition dropout (the code: --dropout 0); the rate decays to 0, as the code (A.5 names a warm-up
+    only: --no-decay); weights are averaged and the average is carried on (the paper: the last ones, --carry raw).
 
 Letters: M prompts, N clips of each, B pairs, L latent frames, C latent channels, S text tokens, D text width.
 """
@@ -132,7 +134,7 @@ def with_conditions(rows, tensors, model, batch_size=64):
         mean = codec.normalise(tensors[f"{which}_mean"].to(device)).cpu()
         pairs[f"{which}_mean"] = mean
         pairs[f"{which}_std"] = tensors[f"{which}_std"] / codec.latent_std.cpu()
-    return {name: tensor.clone() for name, tensor in pairs.items()}                        # usable under autograd
+    return pairs                                       # draw_pairs indexes, which copies out of inference mode
 
 
 # ============================================================================= optimisation
@@ -164,7 +166,7 @@ def optimise(args, folder, policy, rows, tensors, device, autocast):
     flow.train()
     for step in tqdm(range(step, steps), desc="optimising", initial=step, total=steps, unit="step"):
         rate = linear_decay(step, args.learning_rate, warmup, steps) if args.decay else \
-            args.learning_rate * min(1.0, (step + 1) / warmup)
+            args.learning_rate * min(1.0, (step + 1) / max(warmup, 1))
         set_rate(optimizer, rate)
         batch, x1, x0, t = draw_pairs(pairs, range(step * args.batch_size, (step + 1) * args.batch_size), args, device)
         with autocast():
@@ -175,8 +177,8 @@ def optimise(args, folder, policy, rows, tensors, device, autocast):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), args.clip or math.inf).item()
         if not math.isfinite(loss.item() + norm):
-            raise UserError(f"step {step}: the loss is {loss.item():g}, its gradient norm {norm:g}; lower "
-                            "--learning_rate or --beta (state.pt is the last good step saved)")
+            raise UserError(f"step {step}: the loss is {loss.item():g}, its gradient norm {norm:g}; give a "
+                            "lower --learning_rate or --beta, and another --out")
         optimizer.step()
         update_average(average, named, average_decay(step, args.ema))
         losses.append(loss.item())

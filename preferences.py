@@ -5,6 +5,8 @@ candidates.safetensors, scores.jsonl, pairs.jsonl with pairs.safetensors. `args`
 
 Letters: M prompts, N clips of each, P pairs, L latent frames, C latent channels.
 """
+import shutil
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -41,18 +43,18 @@ def make_candidates(args, folder, seed, prompts, model):
     if path.is_file():
         return load_tensors(path)["latents"]
     rows = [row for row in prompts for _ in range(args.num_samples)]
-    for start in tqdm(range(0, len(rows), args.save_clips), desc="generating", unit=f" x {args.save_clips}"):
+    starts = range(0, len(rows), args.save_clips)
+    for start in tqdm(starts, desc="generating", unit=f" x {args.save_clips}"):
         part, block = parts / f"{start:07d}.safetensors", rows[start:start + args.save_clips]
         if not part.is_file():
             latents = generate(model, [row["prompt"] for row in block], [row["duration"] for row in block], seed,
                                range(start, start + len(block)), args.steps, args.guidance_scale, args.solver,
                                batch_size=args.generation_batch)
             save_tensors(part, {"latents": latents})
-    latents = torch.cat([load_tensors(part)["latents"] for part in sorted(parts.glob("*.safetensors"))])
+    made = [parts / f"{start:07d}.safetensors" for start in starts]        # by name: a kill leaves half-written ones
+    latents = torch.cat([load_tensors(part)["latents"] for part in made])
     save_tensors(path, {"latents": latents})
-    for part in parts.glob("*.safetensors"):
-        part.unlink()
-    parts.rmdir()
+    shutil.rmtree(parts)
     return latents
 
 

@@ -305,3 +305,28 @@ def test_warnings_name_the_known_failures():
     bad = [good[0], row("iteration 1", 0.6, 0.4, 0.25, 0.99)]
     lines = crpo.warnings_of(bad)
     assert len(lines) == 2 and "rose by 25 %" in lines[0] and "being fooled" in lines[1]
+
+
+def test_what_a_kill_leaves_beside_the_candidates_is_not_read(tiny, whole, tmp_path):
+    """A half-written file of an atomic write, sorted before all others."""
+    from common import save_tensors
+    parts = tmp_path / "left" / "iteration_1" / "candidates"
+    save_tensors(parts / ".0000000.x.safetensors", {"latents": torch.zeros(4, 1, 1)})
+    run(tiny, tmp_path / "left", "--iterations", "1", "--epochs", "1")
+    latents = [load_tensors(out / "iteration_1" / "candidates.safetensors")["latents"]
+               for out in (tmp_path / "left", whole[0])]
+    assert torch.equal(*latents) and not parts.exists()
+
+
+def test_a_pair_shares_noise_and_t_and_depends_on_its_position_alone(tiny, tmp_path):
+    pairs = {"hidden": torch.zeros(5, 3, 8), "mask": torch.ones(5, 3).bool(), "duration": torch.ones(5)}
+    for which, value in (("winner", 1.0), ("loser", -1.0)):
+        pairs |= {f"{which}_mean": torch.full((5, 4, 2), value), f"{which}_std": torch.zeros(5, 4, 2)}
+    args = crpo.parse_args(flags(tiny, tmp_path))
+    _, x1, x0, t = crpo.draw_pairs(pairs, range(7), args, "cpu")
+    assert (x1[:7] == 1).all() and (x1[7:] == -1).all()                         # winners first
+    assert torch.equal(*x0.chunk(2)) and torch.equal(*t.chunk(2))
+    assert torch.equal(crpo.draw_pairs(pairs, [6], args, "cpu")[2][0], x0[6])
+    args.shared_noise = False
+    _, _, x0, t = crpo.draw_pairs(pairs, range(7), args, "cpu")
+    assert not torch.equal(*x0.chunk(2)) and torch.equal(*t.chunk(2))
