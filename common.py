@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -66,6 +67,24 @@ def choose_device(name="auto", quiet=False):
     if not quiet:
         print(f"device: {name} ({reason})")
     return torch.device(name)
+
+
+def side_by_side(function, pieces, device):
+    """[function(piece) for piece in pieces]; on a CPU as many at a time as torch has threads, each on one.
+
+    Small matrix products do not fill the cores when each of them is split over all, whole pieces do. Gradient mode and
+    autocast belong to a thread: `function` has to enter them itself. Results do not depend on the number of threads.
+    """
+    import torch
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(pieces) == 1:
+        return [function(piece) for piece in pieces]
+    torch.set_num_threads(1)                        # new threads take it over; nested calls find 1
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, pieces))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def derive_seed(*parts):

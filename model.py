@@ -405,6 +405,11 @@ def replace_rows(condition, rows, other):
     return Condition(*map(pick, condition, other))
 
 
+def take_rows(condition, rows):
+    """The part `rows` (a slice or an index) of a condition's batch."""
+    return Condition(*(None if value is None else value[rows] for value in condition))
+
+
 def concat_conditions(first, second):
     """Stack two conditions along the batch, e.g. null and prompt. Unequal S is padded, invisibly, so needs masks."""
     size = max(first.text.shape[1], second.text.shape[1])

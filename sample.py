@@ -23,8 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError, check_writable, choose_device, generator, in_range, parse_arguments, run_main, warn
-from model import Condition, concat_conditions, encode_prompts, load_model, null_condition
+from common import (UserError, check_writable, choose_device, generator, in_range, parse_arguments, run_main,
+                    side_by_side, warn)
+from model import Condition, concat_conditions, encode_prompts, load_model, null_condition, take_rows
 from text import well_formed
 
 HERE = Path(__file__).resolve().parent
@@ -122,9 +123,9 @@ def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance
     indices = list(range(len(prompts))) if indices is None else list(indices)
     ts = schedule(steps).to(device)
     shape = (flow.config["audio_seq_len"], flow.config["in_channels"])
-    bar = progress_bar(progress, math.ceil(len(prompts) / batch_size) * steps * EVALUATIONS[solver], "sampling")
+    bar = progress_bar(progress, len(prompts) * steps * EVALUATIONS[solver], "sampling")
     modes = [(module, module.training) for module in (flow, text)]
-    pieces = []
+    samples = []
     try:
         for module, _ in modes:
             module.eval()
@@ -139,17 +140,28 @@ def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance
                     null = negative_condition(text, negative_prompt, condition)
                 else:
                     null = null_condition(text, condition)
-                velocity_fn = guided_velocity(flow, condition, null, guidance_scale)
+                noise = noise_for(seed, indices[rows], shape).to(device)           # (B, L, C), t = 1
+
+            @torch.inference_mode()
+            def solve(piece):
+                velocity_fn = guided_velocity(flow, take_rows(condition, piece), null and take_rows(null, piece),
+                                              guidance_scale)
                 if bar is not None:
                     velocity_fn = counted(velocity_fn, bar)
-                x = noise_for(seed, indices[rows], shape).to(device)               # (B, L, C), t = 1
-                pieces.append(codec.denormalise(SOLVERS[solver](velocity_fn, x, ts)).float().cpu())
+                return codec.denormalise(SOLVERS[solver](velocity_fn, noise[piece], ts)).float().cpu()
+            samples += side_by_side(solve, even_slices(len(noise), device), device)
     finally:
         for module, training in modes:
             module.train(training)
         if bar is not None:
             bar.close()
-    return torch.cat(pieces)  # made outside of inference_mode: usable as training data
+    return torch.cat(samples)  # made outside of inference_mode: usable as training data
+
+
+def even_slices(count, device):
+    """`count` rows as slices for side_by_side: one for each of a CPU's threads, a single one elsewhere."""
+    size = math.ceil(count / torch.get_num_threads()) if device.type == "cpu" else count
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def decode(model, latents, durations=None, batch_size=16, progress=False):
@@ -184,9 +196,9 @@ def progress_bar(wanted, total, what):
 
 
 def counted(velocity_fn, bar):
-    """velocity_fn that advances `bar` at each evaluation."""
+    """velocity_fn that advances `bar` by one for each row that it evaluates."""
     def wrapped(x, t):
-        bar.update(1)
+        bar.update(len(x))
         return velocity_fn(x, t)
     return wrapped
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common import side_by_side
+
 # Parameters of the two mel codecs behind FluxAudio (MMAudio's mel converter). The toy uses the first.
 MEL_16K = dict(sampling_rate=16000, n_fft=1024, num_mels=80, hop_size=256, win_size=1024, fmin=0, fmax=8000,
                log="log10")
@@ -139,19 +141,19 @@ def griffin_lim(log_mel, mel, iterations=24, mel_steps=10, momentum=0.99):
     the truth as it was.
 
     The first phase is noise from a fixed generator, the same for every row: the same spectrogram always
-    gives the same audio, alone or in a batch. Rows are treated one after the other on a CPU, where a row's
-    spectrum just fits the cache.
+    gives the same audio, alone or in a batch. On a CPU each row is a piece of its own, whose spectrum just fits the
+    cache of a core.
     """
     frames = log_mel.shape[-1]
     phase = torch.rand(frames, mel.n_fft // 2 + 1, generator=torch.Generator().manual_seed(0)).to(log_mel.device)
     phase = torch.polar(torch.ones_like(phase), 2 * math.pi * phase)                    # (F, K)
     overlap = overlap_add((mel.window ** 2).expand(1, frames, -1), mel.hop).clamp(min=1e-3)  # (1, padded)
-    with torch.no_grad():
-        rows = [_find_phase(chunk.float(), mel, phase, overlap, iterations, mel_steps, momentum)
-                for chunk in log_mel.split(1 if log_mel.device.type == "cpu" else 64)]
-    return torch.cat(rows)
+    chunks = log_mel.split(1 if log_mel.device.type == "cpu" else 64)
+    return torch.cat(side_by_side(lambda chunk: _find_phase(chunk.float(), mel, phase, overlap, iterations, mel_steps,
+                                                            momentum), chunks, log_mel.device))
 
 
+@torch.no_grad()
 def _find_phase(log_mel, mel, phase, overlap, iterations, mel_steps, momentum):
     """One chunk of `griffin_lim`: log-mel (B, M, F), first phase (F, K) -> audio (B, F * hop)."""
     def to_audio(spectrum):

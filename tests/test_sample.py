@@ -9,7 +9,7 @@ import torch
 from conftest import PICTURES, relative_error
 
 import sample
-from common import UserError
+from common import UserError, side_by_side
 from model import PRESETS, AdaLN, Condition, TangoFlux, concat_conditions, save_model
 from text import make_text_encoder
 
@@ -348,3 +348,19 @@ def test_plot_without_matplotlib(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         run(folder, "--plot", "--output", tmp_path / "x.wav")
+
+
+def test_side_by_side_keeps_order_and_thread_count():
+    """Pieces side by side give what they give one after the other; torch has its threads back, even after an error."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert side_by_side(lambda i: i * i, range(20), torch.device("cpu")) == [i * i for i in range(20)]
+        with pytest.raises(UserError, match="piece 5"):
+            def fail(i):
+                if i == 5:
+                    raise UserError("piece 5")
+            side_by_side(fail, range(9), torch.device("cpu"))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
