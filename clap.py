@@ -1,4 +1,4 @@
-"""CLAP: how well audio fits a text, as one number (paper 2.5: the reward that ranks; 4.1: a metric that judges).
+"""CLAP: how well audio fits a text, as one number (paper 2.5: the reward; 3.3, A.10: a metric, by another CLAP).
 
     clap = load_clap("checkpoints/toy/base/clap_reward")     # or "laion/clap-htsat-unfused", the paper's
     scores = clap.scores(audios, sampling_rate, prompts)     # (N,), cosines in [-1, 1]
@@ -12,7 +12,8 @@ pipelines differ, we do this:
   - in fused models a clip that is not longer is marked so (transformers marks a random one as longer, even alone);
   - nothing is rounded, to 16 bit before (laion_clap) or to three decimals afterwards (official CRPO).
 
-Letters: B batch, N clips, D embedding width, F mel frames, M mel bands, S text tokens.
+Letters: B batch, N clips, D embedding width, K bins of the spectrum, M mel bands, F mel frames that the model hears,
+F' those of a whole longer clip, S text tokens.
 """
 import json
 from pathlib import Path
@@ -29,7 +30,7 @@ from text import check_finite, read_tokenizer, refuse_pickles, well_formed
 
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
          "vocab.json", "merges.txt"]
-MAX_TOKENS = 77         # laion_clap pads and cuts texts to this
+MAX_TOKENS = 77         # laion_clap pads and cuts texts to this; a model with fewer positions cuts earlier
 BEFORE_LOG = 1e-10      # power below this is -100 dB
 
 
@@ -114,15 +115,16 @@ class Clap(nn.Module):
     def __init__(self, clap, tokenizer, front, preprocessor):
         super().__init__()
         self.clap, self.tokenizer, self.front, self.preprocessor = clap, tokenizer, front, preprocessor
+        self.max_tokens = min(MAX_TOKENS, clap.config.text_config.max_position_embeddings - 2)
         tokenizer.no_padding()
-        tokenizer.enable_truncation(min(MAX_TOKENS, clap.config.text_config.max_position_embeddings - 2))
+        tokenizer.enable_truncation(self.max_tokens)
 
     @property
     def device(self):
         return self.front.window.device
 
     def tokenize(self, prompts):
-        """Prompts -> ids (B, S), mask (B, S), padded to the longest; the end of a text over 77 tokens is cut off."""
+        """Prompts -> ids (B, S), mask (B, S), padded to the longest; a text's end beyond max_tokens is cut off."""
         encodings = self.tokenizer.encode_batch([well_formed(prompt) for prompt in prompts])
         lengths = torch.tensor([len(encoding.ids) for encoding in encodings])
         ids = torch.full((len(encodings), int(lengths.max())), self.clap.config.text_config.pad_token_id)
@@ -172,9 +174,9 @@ class Clap(nn.Module):
         save_tensors(folder / "model.safetensors", check_finite(tensors, "CLAP"), {"format": "pt"})
         self.tokenizer.no_truncation()
         write_json(folder / "tokenizer.json", json.loads(self.tokenizer.to_str()))
-        self.tokenizer.enable_truncation(MAX_TOKENS)
+        self.tokenizer.enable_truncation(self.max_tokens)
         write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS, "bos_token": "<s>",
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_tokens, "bos_token": "<s>",
             "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
         write_json(folder / "preprocessor_config.json", self.preprocessor)
         write_json(folder / "config.json", {**self.clap.config.to_dict(), "architectures": ["ClapModel"]})

@@ -12,6 +12,7 @@ NaN, makes no pair and is counted (it made pairs of a clip with itself); all N s
 Letters: M prompts, N clips of each.
 """
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,11 @@ def best_of(scores):
     return np.nanargmax(scores, axis=1)
 
 
-def make_pairs(scores, min_margin=0.0):
+def make_pairs(scores):
     """Best and worst clip of each prompt (paper 2.5), scores (M, N).
 
     -> winners (M,), losers (M,), kept (M,) bool. Of equal scores the first counts, as in the official code. Not kept
-    are prompts with NaN among their scores and those whose margin is 0 or below `min_margin`.
+    are prompts with NaN among their scores and those whose best clip is not above their worst.
     """
     scores = np.asarray(scores, dtype=float)
     if scores.ndim != 2 or scores.shape[1] < 2:
@@ -52,7 +53,7 @@ def make_pairs(scores, min_margin=0.0):
     filled = np.where(usable[:, None], scores, 0.0)
     winners, losers = filled.argmax(1), filled.argmin(1)
     margin = np.take_along_axis(filled, winners[:, None], 1) - np.take_along_axis(filled, losers[:, None], 1)
-    return winners, losers, usable & (margin[:, 0] > max(min_margin, 0.0))
+    return winners, losers, usable & (margin[:, 0] > 0)
 
 
 # ----------------------------------------------------------------------------- static preference sets
@@ -60,30 +61,24 @@ def make_pairs(scores, min_margin=0.0):
 def read_pairs(path, audio_dir=None):
     """A static preference set -> (rows {"prompt", "duration" or None, "winner", "loser"}, notes on what was left out).
 
-    `path`: this project's pairs.jsonl, or TangoFlux's JSON with captions, chosen and reject (Audio-Alpaca), as a list
-    or a line each. Sounds are looked for in `audio_dir`, default the file's folder. Rows whose sounds are missing or
-    the same are left out and counted; UserError if none remains or a row has no such keys.
+    `path`: this project's own format, JSON lines of prompt, duration, winner, loser (audio files; the duration may be
+    absent), or TangoFlux's JSON with captions, chosen and reject (Audio-Alpaca), as a list or a line each. Not the
+    pairs.jsonl that crpo.py makes of its own clips: those are latents. Sounds are looked for in `audio_dir`, default
+    the file's folder. Rows whose sounds are missing or the same are left out and counted; UserError if none remains or
+    a row is neither of these.
     """
     path = Path(path)
-    rows = read_jsonl(path) if path.suffix.lower() == ".jsonl" else read_json_rows(path)
+    rows = read_json_rows(path)
     folder, pairs, left_out = Path(audio_dir) if audio_dir else path.parent, [], {"missing": [], "equal": []}
     for number, row in enumerate(rows, 1):
-        found = [next((row[key] for key in keys if isinstance(row, dict) and isinstance(row.get(key), str)), None)
-                 for keys in (PROMPT_KEYS, WINNER_KEYS, LOSER_KEYS)]
-        for value, keys in zip(found, (PROMPT_KEYS, WINNER_KEYS, LOSER_KEYS)):
-            if value is None:
-                raise UserError(f"{path} row {number} has no {' or '.join(keys)}; a row looks like "
-                                '{"prompt": "...", "duration": 3.0, "winner": "a.wav", "loser": "b.wav"}')
-        duration = row.get("duration")
-        if not isinstance(duration, (int, float, type(None))) or (duration is not None and not 0 < duration < 1e6):
-            raise UserError(f"{path} row {number}: duration {duration!r} is not a positive number of seconds")
-        winner, loser = folder / found[1], folder / found[2]
+        prompt, duration, *sounds = read_row(row, f"{path} row {number}")
+        winner, loser = (folder / sound for sound in sounds)
         if winner == loser:
             left_out["equal"].append(number)
         elif not (winner.is_file() and loser.is_file()):
             left_out["missing"].append(f"{number} ({winner if not winner.is_file() else loser})")
         else:
-            pairs.append({"prompt": found[0], "duration": duration, "winner": str(winner), "loser": str(loser)})
+            pairs.append({"prompt": prompt, "duration": duration, "winner": str(winner), "loser": str(loser)})
     notes = [f"{path}: {len(left_out[key])} of {len(rows)} rows left out, {why}; first: row {left_out[key][0]}"
              for key, why in (("missing", "a sound is missing"), ("equal", "winner and loser are one file"))
              if left_out[key]]
@@ -92,12 +87,35 @@ def read_pairs(path, audio_dir=None):
     return pairs, notes
 
 
+def read_row(row, where):
+    """A row of a preference set -> prompt, duration (s) or None, winner, loser; a UserError begins with `where`."""
+    found = []
+    for keys in (PROMPT_KEYS, WINNER_KEYS, LOSER_KEYS):
+        found.append(next((row[key] for key in keys if isinstance(row, dict) and isinstance(row.get(key), str)), None))
+        if found[-1] is None:
+            raise UserError(f"{where} has no {' or '.join(keys)}; a row looks like "
+                            '{"prompt": "...", "duration": 3.0, "winner": "a.wav", "loser": "b.wav"}')
+    prompt, *sounds = found
+    for sound in sounds:
+        if re.search(r"\.safetensors#\d+$", sound):          # as preferences.write_pairs names them
+            raise UserError(f"{where}: {sound} is latents in a run of crpo.py, not an audio file; name audio files, or "
+                            "give that run's folder as --out to go on with its own pairs")
+    duration = row.get("duration")
+    if not isinstance(duration, (int, float, type(None))) or (duration is not None and not 0 < duration < 1e6):
+        raise UserError(f"{where}: duration {duration!r} is not a positive number of seconds")
+    return prompt, duration, *sounds
+
+
 def read_json_rows(path):
-    """The rows of a .json: a list, or one object a line (as TangoFlux's own files are)."""
+    """The rows of a JSON file: a list, or one object a line (as TangoFlux's own files are)."""
     try:
         rows = read_json(path)
     except UserError:
-        rows = read_jsonl(path)
+        if not path.is_file():
+            raise
+        rows = [] if path.read_bytes().lstrip().startswith(b"[") else read_jsonl(path)
+        if not rows:                                    # read_jsonl drops a torn last line, here the only one
+            raise UserError(f"{path} is empty or not whole JSON; download or write it again") from None
     return rows if isinstance(rows, list) else [rows]
 
 
@@ -122,11 +140,31 @@ def score(args):
 
 def train_clap(args):
     """Train a small CLAP on the world."""
+    check_training_flags(args)
     import train_clap as training
     finished = training.train(args)
     print(f"wrote {args.out}: model.safetensors, config.json, preprocessor_config.json, tokenizer.json, log.jsonl"
           + ("" if finished else "; stopped early, the same command goes on"))
     print(f'next: python reward.py score --clap {args.out} --audio FILE --prompt "rain"')
+
+
+def check_training_flags(args):
+    """UserError for flags of train_clap that are out of range or do not fit each other."""
+    limits = {"scenes": (1, 1e7), "val_scenes": (64, 1e6), "scene_seed": (0, 2 ** 62), "degraded": (0, 1),
+              "family": (1, 64), "workers": (1, 256), "seed": (0, 2 ** 62), "width": (8, 1024),
+              "text_width": (4, 4096), "steps": (1, 1e7), "batch_size": (2, 4096), "learning_rate": (1e-8, 1),
+              "muon": (0, 1000), "weight_decay": (0, 1), "reading_weight": (0, 1000), "hearing_weight": (0, 1000),
+              "val_every": (1, 1e9), "max_minutes": (0, 1e6)}
+    for name, (low, high) in limits.items():
+        if getattr(args, name) is not None:
+            in_range(f"--{name}", getattr(args, name), low, high)
+    if args.width % 8 or args.text_width % 4:
+        raise UserError("--width must be a multiple of 8 and --text_width of 4")
+    if args.batch_size % args.family:
+        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --family {args.family}")
+    if args.scenes < args.batch_size:
+        raise UserError(f"--scenes {args.scenes} do not fill one batch of --batch_size {args.batch_size}; give more, "
+                        "or a smaller batch")
 
 
 def make_parser():
@@ -178,18 +216,6 @@ def make_parser():
 def main(argv=None):
     parser, commands = make_parser()
     args = parse_arguments(parser, argv, commands)
-    limits = {"scenes": (1, 1e7), "val_scenes": (64, 1e6), "degraded": (0, 1), "family": (1, 64), "workers": (1, 256),
-              "seed": (0, 2 ** 62), "width": (8, 1024), "text_width": (4, 4096), "steps": (1, 1e7),
-              "batch_size": (2, 4096), "learning_rate": (1e-8, 1), "muon": (0, 1000), "weight_decay": (0, 1),
-              "reading_weight": (0, 1000), "hearing_weight": (0, 1000),
-              "val_every": (1, 1e9), "max_minutes": (0, 1e6)}
-    for name, (low, high) in limits.items():
-        if getattr(args, name, None) is not None:
-            in_range(f"--{name}", getattr(args, name), low, high)
-    if getattr(args, "width", 8) % 8 or getattr(args, "text_width", 4) % 4:
-        raise UserError("--width must be a multiple of 8 and --text_width of 4")
-    if getattr(args, "batch_size", 0) % getattr(args, "family", 1):
-        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --family {args.family}")
     args.run(args)
 
 

@@ -26,12 +26,12 @@ import torch.nn.functional as functional
 from tqdm import tqdm
 
 from clap import build
-from common import (UserError, append_jsonl, atomic_path, check_writable, choose_device, generator, load_tensors,
-                    derive_seed, read_json, read_jsonl, save_tensors, write_json, write_jsonl)
+from common import (UserError, append_jsonl, check_writable, choose_device, derive_seed, generator, load_tensors,
+                    read_json, read_jsonl, save_tensors, write_json, write_jsonl)
 from reading import PLACES, reading_targets
 from text import make_tokenizer
 from train_tagger import augment, batch_indices, targets
-from training import choose_dtype, cosine_decay, make_optimizer, set_rate, trim_log
+from training import choose_dtype, cosine_decay, load_state, make_optimizer, save_state, set_rate, trim_log
 from world import (COUNTABLE, EVENT_NAMES, NUMBERS, SHORTEST, Scene, SceneEvent, World, caption, degrade, known_words,
                    perform, spans)
 
@@ -46,7 +46,7 @@ HARDER = {"relations": (0.1, 0.3, 0.35, 0.25), "counted": 0.7}          # mixtur
 KINDS = (0.3, 0.3, 0.1, 0.15, 0.15)                                     # of near misses: order and count slower still
 NEAR_MISSES, STEPS, FRAMES = 4, 16, 64                                  # of 256 ms; of 64 ms, as in targets
 TRAINED_WITH = ("seed", "scene_seed", "scenes", "family", "degraded", "width", "text_width", "steps", "batch_size",
-                "learning_rate", "weight_decay", "muon", "reading_weight", "hearing_weight")
+                "learning_rate", "weight_decay", "muon", "reading_weight", "hearing_weight", "dtype")
 LARGEST_SCALE = math.log(100)                                           # as CLIP: logits at most 100 times the cosine
 
 
@@ -143,7 +143,7 @@ def story(scene):
 # ----------------------------------------------------------------------------- scenes
 
 def _render(job):
-    """One worker's share: log-mels (n, F, M) float16 and the scenes as dicts, families of `size` one after another."""
+    """One worker's share: log-mels (N, F, M) float16 and the scenes as dicts, families of `size` one after another."""
     torch.set_num_threads(1)
     from clap import FrontEnd
     settings, size, indices = job
@@ -164,9 +164,9 @@ def _render(job):
 
 
 def render_scenes(folder, settings, count, size, workers, chunk=50):
-    """`count` scenes of World(**settings), of which each `size` are a family: log-mels (N, F, M) float16 and Scenes.
+    """Scenes of World(**settings), of which each `size` are a family: log-mels (N, F, M) float16 and N Scenes.
 
-    Kept in `folder` for a resume.
+    N is `count` rounded down to whole families. They are kept in `folder` for a resume.
     """
     key, folder = {"world": World(**settings).settings(), "scenes": count, "family": size,
                    "front": PREPROCESSOR}, Path(folder)
@@ -174,6 +174,7 @@ def render_scenes(folder, settings, count, size, workers, chunk=50):
     if not (made.is_file() and read_json(made) == json.loads(json.dumps(key))):
         jobs = [(settings, size, range(start, min(start + chunk, count // size)))
                 for start in range(0, count // size, chunk)]
+        made.unlink(missing_ok=True)                                    # a kill from here on leaves nothing that counts
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             parts = list(tqdm(pool.imap(_render, jobs), "rendering", len(jobs), unit=f" x {chunk * size}"))
         save_tensors(folder / "scenes.safetensors", {"mels": torch.from_numpy(np.concatenate([p[0] for p in parts]))})
@@ -208,7 +209,9 @@ def contrastive_loss(audio, text, misses, scale_audio, scale_text, same):
     """Symmetric cross-entropy (CLIP) in which every clip also sees all near misses; (loss, share ranked right).
 
     audio, text (B, D) and misses (B * H, D) of unit length; scales: the two factors on the cosines; same (B, B)
-    bool: clip i and caption j tell the same story, so that j is no wrong answer for i (its diagonal is not read).
+    bool: clip i and caption j tell the same story, so that j is no wrong answer for i, nor i for j (its diagonal is not
+    read). No near miss is ever masked: each of the B * H is a wrong answer for every clip of the batch, even for a clip
+    (of a relative, say) of which it happens to be true.
     """
     right = torch.arange(len(audio), device=audio.device)
     banned = same & ~torch.eye(len(audio), dtype=torch.bool, device=audio.device)
@@ -216,8 +219,16 @@ def contrastive_loss(audio, text, misses, scale_audio, scale_text, same):
     rows = torch.cat([(scale_audio * cosines).masked_fill(banned, -math.inf), scale_audio * audio @ misses.T], dim=1)
     columns = (scale_text * cosines.T).masked_fill(banned, -math.inf)                      # (B, B)
     loss = (functional.cross_entropy(rows, right) + functional.cross_entropy(columns, right)) / 2
+    return loss, ranked_right(cosines, audio, misses).float().mean()
+
+
+def ranked_right(cosines, audio, misses):
+    """Which clips are nearer to their caption than to each of their own near misses, (B,) bool.
+
+    cosines (B, B) of audio (B, D) and captions; misses (B * H, D).
+    """
     own = (audio[:, None] * misses.view(len(audio), -1, misses.shape[1])).sum(-1)          # (B, H)
-    return loss, (cosines.diagonal() > own.amax(1)).float().mean()
+    return cosines.diagonal() > own.amax(1)
 
 
 class ReadOut(nn.Module):
@@ -272,9 +283,8 @@ def check(clap, mels, scenes, family, batch_size=64):
         rows = range(start, start + batch_size)
         texts, misses = zip(*(texts_of(scenes[i], np.random.default_rng(derive_seed("check", i))) for i in rows))
         audio, text, wrong, *_ = forward(clap, mels[start:start + batch_size].float().to(clap.device), texts, misses)
-        cosines, place = (audio @ text.T).cpu(), torch.arange(batch_size)
-        own = (audio[:, None] * wrong.view(len(audio), -1, wrong.shape[1])).sum(-1)
-        ranked += (cosines.diagonal() > own.amax(1).cpu()).tolist()
+        cosines, place = audio @ text.T, torch.arange(batch_size, device=audio.device)
+        ranked += ranked_right(cosines, audio, wrong).tolist()
         stranger = place[:, None] // family != place // family                             # (B, B)
         best += (cosines.masked_fill(stranger, -2).argmax(0) == place).tolist()
         found += (cosines.argmax(1) == place).tolist()
@@ -289,49 +299,56 @@ def in_a_layer(name, parameter):
     return parameter.ndim == 2 and (".layer." in name or ".blocks." in name) and "bias_table" not in name
 
 
-def train(args):
-    """Train a Clap with the settings of `reward.py train_clap`; a killed run goes on exactly. -> the folder."""
-    out = Path(args.out)
-    check_writable([out / "log.jsonl"])
-    device = choose_device(args.device)
-    autocast = choose_dtype(args.dtype, device)
-    world = {"seed": args.scene_seed + args.seed, "degraded": args.degraded, "pairs": "all"}
-    mels, scenes = render_scenes(out / "scenes", {**world, **HARDER, "split": "train"}, args.scenes, args.family,
-                                  args.workers)
-    val_mels, val_scenes = render_scenes(out / "val_scenes", {**world, **HARDER, "split": "val"}, args.val_scenes,
-                                         args.family, args.workers)
+def new_networks(args, device):
+    """-> a new Clap, its ReadOut, and one module of all that is trained."""
     clap = new_clap(args.width, args.text_width, args.seed).to(device)
     readout = ReadOut(2 * args.width, args.text_width).to(device)
     with torch.no_grad():                                               # BatchNorm's place in the original: mels in dB
         clap.clap.audio_model.audio_encoder.batch_norm.running_mean.fill_(-40)
         clap.clap.audio_model.audio_encoder.batch_norm.running_var.fill_(900)
-    both = nn.ModuleDict({"clap": clap.clap, "readout": readout})
-    optimizer = make_optimizer(dict(both.named_parameters()), (0.9, 0.98), args.weight_decay, args.muon, in_a_layer)
     print(f"CLAP: {sum(p.numel() for p in clap.clap.parameters()) / 1e6:.2f} M parameters")
-    settings = {name: getattr(args, name) for name in TRAINED_WITH}
-    state_path, step = out / "state.pt", 0
-    if state_path.is_file():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        if state["settings"] != json.dumps(settings):
-            raise UserError(f"{out} holds a run with other settings; give the same flags to go on, or another --out")
-        both.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"resumed {out} at step {step}")
+    return clap, readout, nn.ModuleDict({"clap": clap.clap, "readout": readout})
+
+
+def draw_batch(args, step, mels, scenes, device):
+    """The batch of a step, whole families: B Scenes, captions and lists of near misses, and on `device` the spoiled
+    log-mels (B, F, M), activity (B, T, K), strikes (B, T, Q), and which clips tell the same story (B, B) bool.
+
+    It follows from (seed, step) alone.
+    """
+    families = batch_indices(args.seed, step, len(scenes) // args.family, args.batch_size // args.family)
+    rows = (families[:, None] * args.family + torch.arange(args.family)).flatten()         # (B,)
+    batch = [scenes[i] for i in rows]
+    texts, misses = zip(*(texts_of(scene, np.random.default_rng(derive_seed(args.seed, "text", step, i)))
+                          for i, scene in enumerate(batch)))
+    heard = spoiled(mels[rows].float(), batch, generator(args.seed, "augment", step))
+    stories = [story(scene) for scene in batch]
+    same = torch.tensor([[a == b for b in stories] for a in stories])
+    return batch, texts, misses, *(tensor.to(device) for tensor in (*heard, same))
+
+
+def train(args):
+    """Train a Clap with the flags of `reward.py train_clap`; a killed run goes on exactly. -> are all steps done?"""
+    out = Path(args.out)
+    check_writable([out / "log.jsonl"])
+    device = choose_device(args.device)
+    autocast = choose_dtype(args.dtype, device)
+    clap, readout, both = new_networks(args, device)
+    optimizer = make_optimizer(dict(both.named_parameters()), (0.9, 0.98), args.weight_decay, args.muon, in_a_layer)
+    settings, named = {name: getattr(args, name) for name in TRAINED_WITH}, both.state_dict()
+    step, earlier = load_state(out, named, optimizer, {}, settings, "model.safetensors")
+    if step:
+        print(f"going on in {out} after step {step} of {args.steps}")
     trim_log(out, step)
+    world = {"seed": args.scene_seed + args.seed, "degraded": args.degraded, "pairs": "all", **HARDER}
+    mels, scenes = render_scenes(out / "scenes", {**world, "split": "train"}, args.scenes, args.family, args.workers)
+    val_mels, val_scenes = render_scenes(out / "val_scenes", {**world, "split": "val"}, args.val_scenes, args.family,
+                                         args.workers)
     clap.train()
-    started, late, names = time.monotonic(), False, (EVENT_NAMES, COUNTABLE, NUMBERS)
+    began, late, names = time.monotonic(), False, (EVENT_NAMES, COUNTABLE, NUMBERS)
     bar = tqdm(total=args.steps, initial=step, desc="training", unit="step", disable=None)
     while step < args.steps and not late:
-        families = batch_indices(args.seed, step, len(scenes) // args.family, args.batch_size // args.family)
-        rows = (families[:, None] * args.family + torch.arange(args.family)).flatten()
-        batch = [scenes[i] for i in rows]
-        texts, misses = zip(*(texts_of(scene, np.random.default_rng(derive_seed(args.seed, "text", step, i)))
-                              for i, scene in enumerate(batch)))
-        heard, activity, strikes = (part.to(device) for part in spoiled(
-            mels[rows].float(), batch, generator(args.seed, "augment", step)))
-        stories = [story(scene) for scene in batch]
-        same = torch.tensor([[a == b for b in stories] for a in stories], device=device)
+        batch, texts, misses, heard, activity, strikes, same = draw_batch(args, step, mels, scenes, device)
         set_rate(optimizer, cosine_decay(step, args.learning_rate, min(100, args.steps // 10 + 1), args.steps))
         with autocast():
             audio, text, wrong, pooled_audio, pooled_text, grid = forward(clap, heard, texts, misses)
@@ -342,18 +359,23 @@ def train(args):
         loss = contrast + args.reading_weight * reading + args.hearing_weight * hearing
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0).item()
+        if not math.isfinite(loss.item() + norm):
+            raise UserError(f"step {step}: the loss is {loss.item():g}, its gradient norm {norm:g}; give a lower "
+                            "--learning_rate or --muon, and another --out")
         optimizer.step()
         with torch.no_grad():
             for scale in (clap.clap.logit_scale_a, clap.clap.logit_scale_t):
                 scale.clamp_(max=LARGEST_SCALE)
         step += 1
         bar.update()
-        late = args.max_minutes is not None and time.monotonic() - started > 60 * args.max_minutes
+        minutes = (time.monotonic() - began) / 60
+        late = args.max_minutes is not None and minutes > args.max_minutes
         last = step == args.steps or late
         if last or step % 20 == 0:
             row = {"step": step, "loss": loss.item(), "contrast": contrast.item(), "reading": reading.item(),
-                   "hearing": hearing.item(), "ranked": ranked.item(), "scale": scales[0].item()}
+                   "hearing": hearing.item(), "ranked": ranked.item(), "scale": scales[0].item(),
+                   "minutes": earlier + minutes}
             if last or step % args.val_every == 0:
                 clap.eval()
                 row |= check(clap, val_mels, val_scenes, args.family)
@@ -363,9 +385,7 @@ def train(args):
                            f"{row['val_recall']:.3f}")
             append_jsonl(out / "log.jsonl", row)
         if last or step % 100 == 0:
-            with atomic_path(state_path) as temporary:
-                torch.save({"weights": both.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                            "settings": json.dumps(settings)}, temporary)
+            save_state(out, named, optimizer, {}, step, settings, earlier + minutes)
     bar.close()
     clap.eval()
     clap.save(out, torch.float16)

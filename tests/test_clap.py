@@ -1,4 +1,8 @@
 """CLAP: the front end and the network against the originals, saving, and the world's training of it."""
+import argparse
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +10,7 @@ from conftest import relative_error
 
 import train_clap
 from clap import FrontEnd, build, load_clap, load_weights
-from common import UserError, generator
+from common import UserError, generator, load_tensors, read_jsonl
 from world import EVENTS, World, perform
 
 
@@ -110,6 +114,18 @@ def test_scores_do_not_depend_on_the_batch_and_long_texts_are_cut():
         ours.embed_audio([clips[0], torch.zeros(0)], 16000)
 
 
+def test_a_model_with_few_positions_cuts_earlier_here_and_in_transformers(tmp_path):
+    from transformers import AutoTokenizer
+    config = small().clap.config.to_dict()
+    config["text_config"]["max_position_embeddings"] = 40
+    ours = build(config, small().tokenizer, train_clap.PREPROCESSOR)
+    ours.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)("rain " * 500, truncation=True)["input_ids"]
+    assert ours.max_tokens == load_clap(tmp_path).max_tokens == 38
+    assert ours.tokenize(["rain " * 500])[0][0].tolist() == theirs and len(theirs) == 38
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 38
+
+
 def test_wrong_folders_are_one_line(tmp_path):
     small().save(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"truncation": "fusion"}')
@@ -199,28 +215,88 @@ def test_contrastive_loss_closed_forms():
     assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_training_learns_and_resumes_exactly(tmp_path):
-    import argparse
-    from common import load_tensors
+def run(out, steps, **changes):
+    """Training as small as it comes, on 16 scenes in 4 families; 64 held-out ones."""
+    args = dict(out=out, device="cpu", dtype="float32", scene_seed=3000, seed=0, scenes=16, val_scenes=64,
+                degraded=0.0, workers=1, width=16, text_width=16, steps=steps, batch_size=16, learning_rate=2e-3,
+                muon=10.0, weight_decay=0.0, reading_weight=0.1, hearing_weight=0.5, family=4, max_minutes=None,
+                val_every=1000)
+    return train_clap.train(argparse.Namespace(**{**args, **changes}))
 
-    def run(out, steps, stop=None):
-        args = argparse.Namespace(out=out, device="cpu", dtype="float32", scene_seed=3000, seed=0, scenes=64,
-                                  val_scenes=64, degraded=0.0, workers=1, width=16, text_width=16, steps=steps,
-                                  batch_size=16, learning_rate=2e-3, muon=10.0, weight_decay=0.0,
-                                  reading_weight=0.1, hearing_weight=0.5, family=4, max_minutes=stop, val_every=1000)
-        return train_clap.train(args)
-    assert run(tmp_path / "whole", 30)
-    (tmp_path / "parts").mkdir()
-    for name in ("scenes", "val_scenes"):
-        (tmp_path / "whole" / name).rename(tmp_path / "parts" / name)
-    assert not run(tmp_path / "parts", 30, stop=0.0)       # one step
-    assert run(tmp_path / "parts", 30)
-    whole, parts = (load_tensors(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    from common import read_jsonl
-    rows = read_jsonl(tmp_path / "whole" / "log.jsonl")
-    assert rows[-1]["loss"] < 8 and set(rows[-1]) >= {"val_captions", "val_clips", "val_recall"}
-    start = small(0).clap.state_dict()
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """A function that gives a folder the scenes of `run`, rendered once."""
+    made = tmp_path_factory.mktemp("clap")
+    run(made, 1)
+
+    def copy_to(folder):
+        for name in ("scenes", "val_scenes"):
+            shutil.copytree(made / name, folder / name)
+        return folder
+    return copy_to
+
+
+def test_training_learns(rendered, tmp_path):
+    assert run(rendered(tmp_path), 60)
+    last = read_jsonl(tmp_path / "log.jsonl")[-1]
+    assert set(last) >= {"val_captions", "val_clips", "val_recall"}
+    # one batch of 16 clips and 64 near misses, each time in other words and otherwise spoiled: whoever knows nothing
+    # is at (log(80) + log(16)) / 2 = 3.58 or above; six runs of other seeds and rates ended between 1.67 and 2.11
+    assert last["contrast"] < 2.8
+    trained, start = load_tensors(tmp_path / "model.safetensors"), small(0).clap.state_dict()
     still = [name for name, tensor in start.items() if tensor.is_floating_point()
-             and torch.equal(tensor.half(), whole[name])]
+             and torch.equal(tensor.half(), trained[name])]
     assert not [name for name in still if not name.endswith("bias") and "logit_scale" not in name]
+
+
+def test_a_stopped_and_killed_run_goes_on_exactly(rendered, tmp_path, monkeypatch):
+    whole, parts = rendered(tmp_path / "whole"), rendered(tmp_path / "parts")
+    assert run(whole, 30, batch_size=8)
+    assert not run(parts, 30, batch_size=8, max_minutes=0.0)           # one step
+    real, calls = train_clap.contrastive_loss, []
+
+    def killed(*tensors):
+        calls.append(1)
+        if len(calls) == 25:
+            raise KeyboardInterrupt
+        return real(*tensors)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_clap, "contrastive_loss", killed)
+        run(parts, 30, batch_size=8)
+    assert read_jsonl(parts / "log.jsonl")[-1]["step"] == 20           # written after the state of step 1
+    assert run(parts, 30, batch_size=8)
+    one, other = (load_tensors(folder / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = ([{**row, "minutes": 0} for row in read_jsonl(folder / "log.jsonl")] for folder in (whole, parts))
+    assert one == other[1:] and other[0]["step"] == 1
+
+
+def test_a_run_with_other_settings_or_a_foreign_model_is_told_before_rendering(tmp_path, rendered, monkeypatch):
+    run(rendered(tmp_path), 2)
+    monkeypatch.setattr(train_clap, "render_scenes", lambda *_: pytest.fail("rendered"))
+    for name, value in (("dtype", "bfloat16"), ("family", 2), ("steps", 3)):
+        with pytest.raises(UserError, match=f"started with {name} = .*, now it is {value}"):
+            run(tmp_path, **{"steps": 2, name: value})
+    (tmp_path / "state.pt").unlink()
+    with pytest.raises(UserError, match="holds a model but no state.pt"):
+        run(tmp_path, 2)
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line_and_leaves_no_model(rendered, tmp_path, monkeypatch):
+    real = train_clap.contrastive_loss
+    monkeypatch.setattr(train_clap, "contrastive_loss", lambda *tensors: (
+        real(*tensors)[0] * float("nan"), torch.tensor(0.0)))
+    with pytest.raises(UserError, match="step 0: the loss is nan, .* give a lower --learning_rate"):
+        run(rendered(tmp_path), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "scenes", "val_scenes"]
+    assert not read_jsonl(tmp_path / "log.jsonl")
+
+
+def test_rendering_that_was_killed_is_not_taken_for_whole(tmp_path, monkeypatch):
+    settings = {"split": "val", "pairs": "all"}
+    train_clap.render_scenes(tmp_path, settings, 1, 1, 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_clap, "write_jsonl", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_clap.render_scenes(tmp_path, {**settings, "seed": 1}, 1, 1, 1)      # other log-mels, the old scenes.jsonl
+    assert not (tmp_path / "scenes.json").exists()
