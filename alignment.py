@@ -38,7 +38,11 @@ class Ears:
 
     def __init__(self, tagger=BASE, reward=REWARD, judge=JUDGE, device="cpu"):
         self.reward, self.judge = load_clap(reward, device), load_clap(judge, device)
-        self.truth, self.features = load_tagger(tagger, "judge"), load_tagger(tagger, "features")
+        self.truth, self.features = (load_tagger(tagger, which, device) for which in ("judge", "features"))
+
+    def networks(self):
+        """All four of them."""
+        return self.reward, self.judge, self.truth, self.features
 
     def listen(self, clips, scenes):
         """Clips (N, 65536) of the scenes -> {"reward", "judge" (N,), "tally" (N, columns), "features" (N, W),

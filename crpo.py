@@ -20,6 +20,8 @@ Where paper and official code differ, we do this:
     --no-shared_noise);
   - sampled latents are trained on directly (the code goes through wav files and the VAE: --reencode);
   - every iteration, prompt and clip has noise of its own (the code: the same N noises for all of them, always);
+  - all of the flow is trained, the duration embedder too (the official optimizer forgets it); t is continuous (the
+    code: 1000 values); gradients are clipped (--clip 0: not); T5 runs without dropout, from text encoded once;
   - fine-tuning keeps condition dropout (the code: --dropout 0); the rate decays to 0, as the code (A.5 names a warm-up
     only: --no-decay); weights are averaged and the average is carried on (the paper: the last ones, --carry raw).
 
@@ -31,6 +33,7 @@ import html
 import json
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -40,8 +43,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import alignment
-from common import (UserError, append_jsonl, atomic_path, check_writable, choose_device, generator, in_range,
-                    load_tensors, parse_arguments, read_json, read_jsonl, run_main, warn, write_json)
+from audio import write_wav
+from cache import module_hash
+from common import (UserError, append_jsonl, atomic_path, check_writable, choose_device, file_hash, generator, in_range,
+                    load_tensors, parse_arguments, read_json, read_jsonl, run_main, side_by_side, warn, write_json)
+from evaluate import as_clips, markdown, render
 from model import concat_conditions, load_model, model_folder, resolve, save_model
 from preferences import (draw_prompts, make_candidates, prompt_pool, score_candidates, static_pairs,
                          write_pairs)
@@ -50,6 +56,7 @@ from sample import BASE, add_sampling_flags, check_sampling_flags, decode, gener
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from training import (average_decay, choose_dtype, copy_weights, draw_log, linear_decay, load_state,
                       make_optimizer, save_state, set_rate, trainable, trim_log, update_average)
+from world import World
 
 HELD_OUT = 50000        # first validation scene whose prompt is used here: none that chose thresholds or base
 
@@ -84,24 +91,27 @@ def crpo_loss(winner, loser, reference_winner, reference_loser, beta=2000.0, hal
 
 
 def four_errors(flow, reference, condition, x1, x0, t, reduction="mean"):
-    """Errors of policy and reference on winners and losers: four (B,). x1, x0 (2B, L, C), t (2B,), winners first."""
+    """Errors of policy and (frozen) reference on winners and losers: four (B,).
+
+    x1, x0 (2B, L, C), t (2B,), winners first.
+    """
     both = concat_conditions(condition, condition)                                         # 2B rows
     xt, target = interpolate(x1, x0, t)
     winner, loser = pair_errors(flow.velocity(xt, t, both), target, reduction).chunk(2)
-    with torch.no_grad():
-        reference_winner, reference_loser = pair_errors(reference.velocity(xt, t, both), target, reduction).chunk(2)
-    return winner, loser, reference_winner, reference_loser
+    # not under no_grad, which takes another kernel of attention: in bfloat16 equal weights would differ
+    reference_winner, reference_loser = pair_errors(reference.velocity(xt, t, both), target, reduction).chunk(2)
+    return winner, loser, reference_winner.detach(), reference_loser.detach()
 
 
-def draw_pairs(pairs, positions, args, device):
+def draw_pairs(pairs, positions, args, seed, device):
     """Examples `positions` of endless shuffled epochs over the pairs -> (Batch, x1, x0, t), the last three (2B, ...).
 
     Each depends on (seed, position) alone. The Batch holds the conditions of the B pairs.
     """
     n, shape, chosen, draws = len(pairs["duration"]), pairs["winner_mean"].shape[1:], [], []
     for position in positions:
-        rng = generator(args.seed, "pair", position)
-        chosen.append(epoch_order(args.seed, position // n, n)[position % n])
+        rng = generator(seed, "pair", position)
+        chosen.append(epoch_order(seed, position // n, n)[position % n])
         x0 = torch.randn(2, *shape, generator=rng)
         t = (torch.rand(1, generator=rng) if args.t_distribution == "uniform" else
              logit_normal_t(1, rng, args.t_mean, 1.0))
@@ -140,74 +150,88 @@ def with_conditions(rows, tensors, model, batch_size=64):
 # ============================================================================= optimisation
 
 
-def optimise(args, folder, policy, rows, tensors, device, autocast):
+def loss_and_gradients(args, networks, named, pairs, positions, seed, device, autocast):
+    """L_CRPO of the pairs at `positions` of the stream (see draw_pairs); -> {"loss", "accuracy", ...} as floats.
+
+    networks: (policy, reference, text encoder). Its gradients go into the .grad of `named`; with `named` None the loss
+    is all. The loss is a mean over pairs, so it is the sum of what pieces of --micro_batch pairs contribute: memory is
+    that of a piece, and on a CPU pieces run side by side, one on each core.
+    """
+    flow, reference, encoder = networks
+
+    def piece(places):
+        batch, x1, x0, t = draw_pairs(pairs, places, args, seed, device)
+        with torch.set_grad_enabled(named is not None), autocast():
+            condition = text_condition(encoder, batch, "empty_prompt")
+            errors = four_errors(flow, reference, condition, x1, x0, t, args.reduction)         # four (B,)
+            loss, _ = crpo_loss(*errors, args.beta, args.half, args.fm_weight)
+            loss = loss * (len(places) / len(positions))
+            return torch.stack(errors).detach(), torch.autograd.grad(loss, list(named.values())) if named else []
+    pieces = [positions[i:i + args.micro_batch] for i in range(0, len(positions), args.micro_batch)]
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    errors, total = [], []
+    for first in range(0, len(pieces), cores):                     # summed in order: the same on any number of cores
+        for part, gradients in side_by_side(piece, pieces[first:first + cores], device):
+            errors.append(part)
+            total = torch._foreach_add(total, gradients) if total else gradients
+    for parameter, gradient in zip((named or {}).values(), total):
+        parameter.grad = gradient
+    loss, parts = crpo_loss(*torch.cat(errors, dim=1), args.beta, args.half, args.fm_weight)
+    return {"loss": loss.item(), **parts}
+
+
+def optimise(args, folder, policy, rows, tensors, seed, device, autocast):
     """One iteration's training: `policy` (a model folder) becomes the model in `folder`; -> its pair report.
 
-    The reference is a copy of the policy as it came, and stays so.
+    The reference is a copy of the policy as it came, and stays so. What step i draws follows from (seed, i).
     """
     model, reference = load_model(policy, device), load_model(policy, device, parts=("flow",)).flow
-    flow, encoder = model.flow, model.text
+    flow, networks = model.flow, (model.flow, reference, model.text)
     reference.requires_grad_(False)
-    encoder.requires_grad_(False)
+    model.text.requires_grad_(False)
     named = trainable(flow)
     optimizer = make_optimizer(named, (args.beta1, args.beta2), args.weight_decay)
     average = {name: parameter.detach().clone() for name, parameter in named.items()}
     pairs = with_conditions(rows, tensors, model)
-    per_epoch = math.ceil(len(rows) / args.batch_size)
-    steps = args.epochs * per_epoch
+    steps = math.ceil(args.epochs * len(rows) / args.batch_size)
     warmup = min(args.warmup_steps, max(1, steps // 4))
     settings = {name: getattr(args, name) for name in TRAINED_WITH} | {
-        "steps": steps, "warmup": warmup, "policy": policy_hash(policy)}
+        "seed": seed, "steps": steps, "warmup": warmup, "policy": policy_hash(policy)}
     step, earlier = load_state(folder, named, optimizer, average, settings)
-    save = functools.partial(save_model, folder, flow=flow, **other_parts(policy, folder, model),
-                             extra={"training": {**vars(args), **settings}})
     trim_log(folder, step)
-    began, losses = time.monotonic(), []
+    began, logged = time.monotonic(), []
+
+    def minutes():
+        return earlier + (time.monotonic() - began) / 60
     flow.train()
     for step in tqdm(range(step, steps), desc="optimising", initial=step, total=steps, unit="step"):
         rate = linear_decay(step, args.learning_rate, warmup, steps) if args.decay else \
             args.learning_rate * min(1.0, (step + 1) / max(warmup, 1))
         set_rate(optimizer, rate)
-        batch, x1, x0, t = draw_pairs(pairs, range(step * args.batch_size, (step + 1) * args.batch_size), args, device)
-        with autocast():
-            condition = text_condition(encoder, batch, "empty_prompt")
-            errors = four_errors(flow, reference, condition, x1, x0, t, args.reduction)
-        loss, parts = crpo_loss(*errors, args.beta, args.half, args.fm_weight)
-        optimizer.zero_grad()
-        loss.backward()
+        parts = loss_and_gradients(args, networks, named, pairs,
+                                   range(step * args.batch_size, (step + 1) * args.batch_size), seed, device, autocast)
         norm = torch.nn.utils.clip_grad_norm_(named.values(), args.clip or math.inf).item()
-        if not math.isfinite(loss.item() + norm):
-            raise UserError(f"step {step}: the loss is {loss.item():g}, its gradient norm {norm:g}; give a "
+        if not math.isfinite(parts["loss"] + norm):
+            raise UserError(f"step {step}: the loss is {parts['loss']:g}, its gradient norm {norm:g}; give a "
                             "lower --learning_rate or --beta, and another --out")
         optimizer.step()
         update_average(average, named, average_decay(step, args.ema))
-        losses.append(loss.item())
-        last, done = step + 1 == steps, step + 1
-        if last or done % args.log_every == 0:
-            append_jsonl(folder / "log.jsonl", {"step": done, "loss": float(np.mean(losses)), **parts, "lr": rate,
-                                                "grad_norm": norm, "minutes": (time.monotonic() - began) / 60})
-            losses = []
-        if done % args.save_every == 0 and not last:
-            save_state(folder, named, optimizer, average, done, settings, earlier + (time.monotonic() - began) / 60)
+        logged.append({**parts, "grad_norm": norm})
+        done = step + 1
+        if done == steps or done % args.log_every == 0:
+            means = {name: float(np.mean([row[name] for row in logged])) for name in logged[0]}
+            append_jsonl(folder / "log.jsonl", {"step": done, **means, "lr": rate, "minutes": minutes()})
+            logged = []
+        if done % args.save_every == 0 and done < steps:
+            save_state(folder, named, optimizer, average, done, settings, minutes())
+    save_state(folder, named, optimizer, average, steps, settings, minutes())
     if args.carry == "ema":
         copy_weights(named, average)
-    report = pair_report(flow.eval(), reference, encoder, pairs, args, device, autocast)
-    save_state(folder, named, optimizer, average, steps, settings, earlier + (time.monotonic() - began) / 60)
-    save()
+    flow.eval()                                     # losses over all pairs once, without dropout (paper Fig. 4)
+    report = loss_and_gradients(argparse.Namespace(**{**vars(args), "dropout": 0.0}), networks, None, pairs,
+                                range(len(rows)), f"report {args.seed}", device, autocast)
+    save_model(folder, flow=flow, **other_parts(policy, folder, model), extra={"training": {**vars(args), **settings}})
     return report
-
-
-@torch.no_grad()
-def pair_report(flow, reference, encoder, pairs, args, device, autocast):
-    """Losses of winners and losers under policy and reference over all pairs once, no dropout (paper Fig. 4)."""
-    fixed = argparse.Namespace(**{**vars(args), "seed": f"report {args.seed}", "dropout": 0.0})
-    errors, count = [], len(pairs["duration"])
-    for start in range(0, count, args.batch_size):
-        batch, x1, x0, t = draw_pairs(pairs, range(start, min(start + args.batch_size, count)), fixed, device)
-        with autocast():
-            condition = text_condition(encoder, batch, "empty_prompt")
-            errors.append(four_errors(flow, reference, condition, x1, x0, t, args.reduction))
-    return dpo_fm_loss(*(torch.cat(column) for column in zip(*errors)), args.beta, args.half)[1]
 
 
 def other_parts(policy, folder, model):
@@ -221,7 +245,6 @@ def other_parts(policy, folder, model):
 @functools.lru_cache(maxsize=8)
 def policy_hash(folder):
     """What scores.jsonl calls a model: the hash of its flow's weights."""
-    from common import file_hash
     path = resolve(model_folder(folder), "flow") / "tangoflux.safetensors"
     return f"sha256:{file_hash(path)[:16]}"
 
@@ -245,31 +268,31 @@ def warnings_of(rows):
     return lines
 
 
-def evaluate(args, ears, name, path, model_folder, device):
-    """A row of the table: what `ears` say of the model on the held-out prompts, the noise always the same."""
-    from world import World
+def table_row(args, ears, name, path, folder, device):
+    """A row of the table: what `ears` say of the model in `folder` on held-out prompts, the noise always the same.
+
+    `path` keeps what was heard; a `folder` of None means the real scenes of the prompts.
+    """
     world = World("val", pairs="all")
     scenes = [world.scene(HELD_OUT + i) for i in range(args.evaluate)]
 
     def real_clips():
-        return torch.stack([torch.from_numpy(world.render(scene.index)[0]) for scene in scenes])
+        return render(world, [scene.index for scene in scenes])[0]
 
     def made_clips():
-        from evaluate import as_clips
-        model = load_model(model_folder, device)
+        model = load_model(folder, device)
         durations = [scene.duration for scene in scenes]
         latents = generate(model, [scene.prompt for scene in scenes], durations, seed=args.evaluation_seed,
                            steps=args.steps, guidance_scale=args.guidance_scale, solver=args.solver,
                            batch_size=args.generation_batch, progress=True)
         return as_clips(model.codec, decode(model, latents, durations))
     real = alignment.heard(Path(args.out) / "real.safetensors", ears, real_clips, scenes)
-    found = alignment.heard(path, ears, made_clips, scenes) if model_folder else real
+    found = alignment.heard(path, ears, made_clips, scenes) if folder else real
     return {"name": name, **alignment.summary(found, real)}
 
 
 def write_table(args, rows):
     """crpo.md and crpo.json: the paper's Table 3 in miniature, with the losses of Fig. 4."""
-    from evaluate import markdown
     heads = ["model", *alignment.HEADS, "winner", "loser", "accuracy", "margin"]
     table = [[row["name"], *alignment.cells(row), *([f"{row['pairs'][key]:.4f}" for key in ("winner", "loser")] + [
         f"{row['pairs']['accuracy']:.2f}", f"{row['pairs']['margin']:.2f}"] if "pairs" in row else ["-"] * 4)]
@@ -284,8 +307,6 @@ def write_table(args, rows):
 
 def listening_page(args, folders, device, count=8):
     """listen.html: the same prompts from the same noise by every model, side by side."""
-    from audio import write_wav
-    from world import World
     out, world = Path(args.out), World("val", pairs="all")
     scenes = [world.scene(HELD_OUT + i) for i in range(min(count, args.evaluate))]
     lines = ["<!doctype html><meta charset=utf-8><title>CRPO</title><h1>CRPO: the same noise before and after</h1>",
@@ -333,15 +354,16 @@ def run(args):
     check_writable([out / "config.json"])
     device = choose_device(args.device)
     autocast = choose_dtype(args.dtype, device)
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    ears = alignment.Ears(args.tagger, args.reward, args.judge, device)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE} | {
+        "policy": policy_hash(args.checkpoint), "ears": [module_hash(network)[:16] for network in ears.networks()]}
     started = read_json(out / "config.json") if (out / "config.json").is_file() else settings
     for name in settings:
         if name != "iterations" and started.get(name) != json.loads(json.dumps(settings[name])):
             raise UserError(f"the run in {out} was started with {name} = {started.get(name)}, now it is "
                             f"{settings[name]}; give the same flags to go on, or another --out")
-    ears = alignment.Ears(args.tagger, args.reward, args.judge, device)
     policy, folders = args.checkpoint, {"base": args.checkpoint}
-    pool = prompt_pool(args, load_model(policy, device).flow.config["max_duration"]) if not args.pairs else []
+    pool = prompt_pool(args, load_model(policy, parts=("flow",)).flow.config["max_duration"]) if not args.pairs else []
     if not args.pairs and len(pool) < args.prompts:
         raise UserError(f"--prompts {args.prompts} is more than the {len(pool)} prompts of the pool; "
                         "lower it, or give more")
@@ -349,30 +371,30 @@ def run(args):
         read_pairs(args.pairs, args.audio_dir)
     write_json(out / "config.json", settings)                             # all that can be wrong is right
     print(f"effective beta: {args.beta * args.half:g} on {args.reduction}s over (L, C)")
-    rows = [evaluate(args, ears, "real scenes", None, None, device),
-            evaluate(args, ears, "base", out / "base.safetensors", args.checkpoint, device)]
+    rows = [table_row(args, ears, "real scenes", None, None, device),
+            table_row(args, ears, "base", out / "base.safetensors", args.checkpoint, device)]
     for k in range(1, args.iterations + 1):
         folder, began = out / f"iteration_{k}", time.monotonic()
         folder.mkdir(exist_ok=True)
         source = out / "iteration_1" if args.offline else folder          # offline: the first iteration's pairs
         if not (folder / "report.json").is_file():
             model = load_model(policy, device)
-            if args.pairs:
+            seed = args.seed * 1000 + k
+            if (source / "pairs.safetensors").is_file():
+                pair_rows, tensors = read_jsonl(source / "pairs.jsonl"), load_tensors(source / "pairs.safetensors")
+            elif args.pairs:
                 pair_rows, tensors = static_pairs(args, source, model)
             else:
-                seed = args.seed * 1000 + k
                 prompts = draw_prompts(args, source, k, pool)
-                if not (source / "pairs.safetensors").is_file():
-                    latents = make_candidates(args, source, seed, prompts, model)
-                    scores = score_candidates(args, source, seed, prompts, latents, model, ears.reward,
-                                              policy_hash(policy))
-                    write_pairs(args, source, prompts, scores, latents, model)
-                pair_rows, tensors = read_jsonl(source / "pairs.jsonl"), load_tensors(source / "pairs.safetensors")
+                latents = make_candidates(args, source, seed, prompts, model)
+                scores = score_candidates(args, source, seed, prompts, latents, model, ears.reward,
+                                          policy_hash(policy))
+                pair_rows, tensors = write_pairs(args, source, prompts, scores, latents, model)
             made = time.monotonic() - began
-            report = optimise(args, folder, policy, pair_rows, tensors, device, autocast)
+            report = optimise(args, folder, policy, pair_rows, tensors, seed, device, autocast)
             write_json(folder / "report.json", {**report, "pairs": len(pair_rows), "seconds_for_pairs": made,
                                                 "seconds": time.monotonic() - began})
-        row = evaluate(args, ears, f"iteration {k}", folder / "heard.safetensors", folder, device)
+        row = table_row(args, ears, f"iteration {k}", folder / "heard.safetensors", folder, device)
         rows.append({**row, "pairs": read_json(folder / "report.json")})
         policy = str(folder)
         folders[f"iteration {k}"] = policy
@@ -385,9 +407,10 @@ def run(args):
     return rows
 
 
-TRAINED_WITH = ("seed", "beta", "half", "reduction", "fm_weight", "shared_noise", "t_distribution", "t_mean", "dropout",
-                "batch_size", "epochs", "learning_rate", "beta1", "beta2", "weight_decay", "clip", "ema", "dtype")
-FREE = ("out", "device", "log_every", "save_every")
+TRAINED_WITH = ("beta", "half", "reduction", "fm_weight", "shared_noise", "t_distribution", "t_mean", "dropout",
+                "batch_size", "micro_batch", "epochs", "learning_rate", "decay", "beta1", "beta2", "weight_decay", "clip",
+                "ema", "dtype")
+FREE = ("out", "device", "log_every", "save_every")        # another value goes on with the same run
 
 
 def make_parser():
@@ -425,8 +448,9 @@ def make_parser():
     flag(group, "--t_mean", 0.8, "of the logit-normal t (default: DEFAULT, as the base; official code: 0)")
     flag(group, "--dropout", 0.1, "share of pairs losing their text (default: DEFAULT; official: 0)")
     group = parser.add_argument_group("optimizer (paper 3.1, A.5)")
-    flag(group, "--epochs", 16, "over the pairs of an iteration (default: DEFAULT; paper: 8)")
+    flag(group, "--epochs", 24, "over the pairs of an iteration (default: DEFAULT; paper: 8)")
     flag(group, "--batch_size", 48, "pairs (default: DEFAULT; paper: 48)")
+    flag(group, "--micro_batch", 12, "pairs at a time, their gradients summed: bounds memory (default: DEFAULT)")
     flag(group, "--learning_rate", 1e-4, "peak (default: DEFAULT; paper: 1e-5)")
     flag(group, "--warmup_steps", 10, "at most a quarter of the steps (default: DEFAULT; paper: 100)")
     group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
@@ -449,9 +473,9 @@ def make_parser():
     flag(group, "--log_every", 4, "steps (default: DEFAULT)")
     flag(group, "--save_every", 25, "steps (default: DEFAULT)")
     flag(group, "--save_clips", 64, "clips generated or scored between two saves (default: DEFAULT)")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="float32",
-                       help="of the training's matrix products (default: float32, as the official code: the loss is a "
-                            "thousand times a small difference)")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                       help="of the training's matrix products (default: bfloat16 where the hardware has it, else "
+                            "float32, as the official code; cosine of both gradients 0.99, of two draws of noise 0.1)")
     flag(group, "--device", "auto", "auto, cuda, mps or cpu (default: DEFAULT)")
     return parser
 
@@ -462,7 +486,7 @@ def parse_args(argv=None):
     check_sampling_flags(args)
     for name, low, high in (("iterations", 1, 1000), ("prompts", 1, 1e8), ("num_samples", 1, 10000), ("pool", 1, 1e8),
                             ("beta", 0, 1e9), ("half", 0, 100), ("fm_weight", 0, 1e6), ("t_mean", -20, 20),
-                            ("dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
+                            ("dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("micro_batch", 1, 1e6), ("learning_rate", 0, 10),
                             ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999),
                             ("weight_decay", 0, 10), ("clip", 0, 1e9), ("ema", 0, 1), ("generation_batch", 1, 1e6),
                             ("evaluate", 2, 1e6), ("evaluation_seed", 0, 2 ** 62), ("log_every", 1, 1e9),
@@ -470,20 +494,30 @@ def parse_args(argv=None):
         in_range(f"--{name}", getattr(args, name), low, high)
     if args.num_samples < 2 and not args.pairs:
         raise UserError("--num_samples 1 makes no pairs: a winner needs a loser; give at least 2 (paper: 5)")
-    if args.pairs and (args.offline or args.prompt_file or args.reencode):
-        raise UserError("--offline, --prompt_file and --reencode would have no effect beside --pairs; leave them out")
     if args.pairs:
+        standard = make_parser().parse_args([])
+        idle = [f"--{name}" for name in ("iterations", "prompts", "num_samples", "pool", "prompt_file", "offline",
+                                         "reencode") if getattr(args, name) != getattr(standard, name)]
+        if idle:
+            raise UserError(f"{', '.join(idle)} would have no effect beside --pairs; leave it out")
         args.iterations = 1
+    elif args.audio_dir:
+        raise UserError("--audio_dir says where the sounds of --pairs are; without --pairs leave it out")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     run(args)
-    last = Path(args.out) / f"iteration_{args.iterations}"
-    print(f"wrote {args.out}: crpo.md, crpo.json, iterations.png, listen.html, iteration_1 to {args.iterations} "
-          "(models, pairs, scores)")
-    print(f"next: python alignment.py --checkpoint {last} compares it with the base on unseen prompts")
+    out, last = Path(args.out), Path(args.out) / f"iteration_{args.iterations}"
+    files = [name for name in ("crpo.md", "crpo.json", "iterations.png", "listen.html") if (out / name).is_file()]
+    print(f"wrote {out}: {', '.join(files)}, iteration_1 to {args.iterations} (models, pairs, scores)")
+    standard = vars(parse_args([]))
+    more = [f"--{flag} {shlex.quote(str(getattr(args, name)))}" for flag, name in (
+        ("against", "checkpoint"), ("reward", "reward"), ("judge", "judge"), ("tagger", "tagger"))
+        if getattr(args, name) != standard[name]]
+    print(f"next: {' '.join(['python alignment.py --checkpoint', shlex.quote(str(last)), *more])} compares it with "
+          "where it began, on unseen prompts")
 
 
 if __name__ == "__main__":

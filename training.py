@@ -244,7 +244,8 @@ def choose_dtype(name, device, say=print):
     say(f"dtype: {name} ({reason}); weights and optimizer stay float32")
     dtype = getattr(torch, name)
     lower = dtype != torch.float32
-    return lambda: torch.autocast(device.type, dtype if lower else None, lower)
+    # no cache of lowered weights: a step uses each once, and threads would share it (crpo.loss_and_gradients)
+    return lambda: torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False)
 
 
 def start_ranks(device_name):
