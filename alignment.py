@@ -21,11 +21,11 @@ import torch
 
 import metrics
 from clap import load_clap
-from common import UserError, in_range, load_tensors, parse_arguments, read_json, run_main, save_tensors
+from common import UserError, choose_device, in_range, load_tensors, parse_arguments, read_json, run_main, save_tensors
 from evaluate import markdown, render, sampled, write_report
 from model import load_model
-from reward import JUDGE, REWARD
-from sample import BASE, DEFAULT_CHECKPOINT, add_sampling_flags, check_sampling_flags
+from reward import JUDGE, REWARD, best_of
+from sample import BASE, DEFAULT_CHECKPOINT, HERE, add_sampling_flags, check_sampling_flags
 from tagger import features, hear, load_tagger, posteriors
 from world import SAMPLE_RATE, World
 
@@ -121,79 +121,79 @@ def gains(aligned, base, real, draws=1000, seed=0):
 
 # ----------------------------------------------------------------------------- command line
 
+def shown(path):
+    """A path as the tables name it: what lies beside this script without the way there."""
+    return str(path).removeprefix(f"{HERE}/")
+
+
+def change_cells(change):
+    """What `gains` found as cells of HEADS up to the Frechet distance."""
+    return [*("{:+.4f} ({:+.4f} to {:+.4f})".format(*change[key]) for key in SCORES),
+            "x {:.3f} ({:.3f} to {:.3f})".format(*change["frechet"])]
+
+
+def real_scenes(args, ears):
+    """The test scenes of the prompts, and what the ears say of their real clips, as arrays."""
+    clips, scenes = render(World("test", seed=args.world_seed, pairs=args.pairs), range(args.prompts))
+    return scenes, {name: tensor.numpy() for name, tensor in ears.listen(clips, scenes).items()}
+
+
+def made_scenes(args, ears, checkpoint, scenes, device):
+    """What the ears say of a model's clips of the scenes' prompts, the noise of each from its place, as arrays."""
+    made = sampled(load_model(checkpoint, device), args, [scene.prompt for scene in scenes],
+                   [scene.duration for scene in scenes], args.seed)[0]
+    return {name: tensor.numpy() for name, tensor in ears.listen(made, scenes).items()}
+
+
 def compare(args):
     """Table and intervals of --checkpoint against --against on unseen pairs of events (or --pairs)."""
-    ears = Ears(args.tagger, args.reward, args.judge)
-    clips, scenes = render(World("test", seed=args.world_seed, pairs=args.pairs), range(args.prompts))
-    prompts, durations = [scene.prompt for scene in scenes], [scene.duration for scene in scenes]
-    real = {name: tensor.numpy() for name, tensor in ears.listen(clips, scenes).items()}
+    device = choose_device(args.device)
+    ears = Ears(args.tagger, args.reward, args.judge, device)
+    scenes, real = real_scenes(args, ears)
     rows, numbers, found = [["real scenes", *cells(summary(real, real))]], {}, {}
     for name in (args.against, *args.checkpoint):
-        model = load_model(name)
-        found[name] = {key: tensor.numpy() for key, tensor in ears.listen(
-            sampled(model, args, prompts, durations, args.seed)[0], scenes).items()}
-        numbers[name] = summary(found[name], real)
-        rows.append([name, *cells(numbers[name])])
-    table, base = [], found[args.against]
-    groups = {name: [found[name]] for name in args.checkpoint}
+        found[name] = made_scenes(args, ears, name, scenes, device)
+        numbers[shown(name)] = summary(found[name], real)
+        rows.append([shown(name), *cells(numbers[shown(name)])])
+    table, base, against = [], found[args.against], shown(args.against)
+    groups = {shown(name): [found[name]] for name in args.checkpoint}
     if len(groups) > 1:
         groups[f"all {len(groups)} pooled"] = [found[name] for name in args.checkpoint]
     for name, group in groups.items():
-        change = gains(group, base, real, args.draws, args.seed)
-        numbers[f"{name} against {args.against}"] = change
-        table.append([name, *(f"{v:+.4f} ({low:+.4f} to {high:+.4f})" for v, low, high in
-                              (change[key] for key in SCORES)),
-                      "x {:.3f} ({:.3f} to {:.3f})".format(*change["frechet"])])
+        numbers[f"{name} against {against}"] = change = gains(group, base, real, args.draws, args.seed)
+        table.append([name, *change_cells(change)])
     write_report(args, "Aligned against base", [
         f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\"), the same noise for all; {args.steps} "
         f"{args.solver} steps, guidance {args.guidance_scale:g}.",
         markdown(["model", *HEADS], rows),
-        f"Differences to {args.against}, in brackets their 95 % intervals over prompts (Frechet distance: the ratio):",
+        f"Differences to {against}, in brackets their 95 % intervals over prompts (Frechet distance: the ratio):",
         markdown(["model", *HEADS[:6], "Frechet ratio"], table)], numbers, "alignment.py")
 
 
-def best_of(args):
+def compare_counts(args):
     """Paper Table 5: the reward chooses among the first N samples of each prompt; judge and truth say if it helps."""
-    ears = Ears(args.tagger, args.reward, args.judge)
-    clips, scenes = render(World("test", seed=args.world_seed, pairs=args.pairs), range(args.prompts))
-    real = {name: tensor.numpy() for name, tensor in ears.listen(clips, scenes).items()}
+    device = choose_device(args.device)
+    ears = Ears(args.tagger, args.reward, args.judge, device)
+    scenes, real = real_scenes(args, ears)
     most = max(args.counts)
-    repeated = [scene for scene in scenes for _ in range(most)]
-    made = sampled(load_model(args.checkpoint[0]), args, [s.prompt for s in repeated], [s.duration for s in repeated],
-                   args.seed)[0]
-    every = {name: tensor.numpy().reshape(args.prompts, most, *tensor.shape[1:])
-             for name, tensor in ears.listen(made, repeated).items()}                     # (N, most, ...)
+    made = made_scenes(args, ears, args.checkpoint[0], [scene for scene in scenes for _ in range(most)], device)
+    every = {name: values.reshape(args.prompts, most, *values.shape[1:]) for name, values in made.items()}
     rows, numbers, chosen = [], {}, {}
     for count in args.counts:
-        picked = every["reward"][:, :count].argmax(1)
+        picked = best_of(every["reward"][:, :count])
         chosen[count] = {name: values[np.arange(args.prompts), picked] for name, values in every.items()}
         numbers[f"N = {count}"] = summary(chosen[count], real)
         rows.append([count, *cells(numbers[f"N = {count}"])])
     table, first = [], min(args.counts)
     for count in args.counts:
         if count != first:
-            change = gains([chosen[count]], chosen[first], real, args.draws, args.seed)
-            numbers[f"{count} against {first}"] = change
-            table.append([count, *(f"{v:+.4f} ({low:+.4f} to {high:+.4f})" for v, low, high in
-                                   (change[key] for key in SCORES)),
-                          "x {:.3f} ({:.3f} to {:.3f})".format(*change["frechet"])])
+            numbers[f"{count} against {first}"] = change = gains([chosen[count]], chosen[first], real, args.draws,
+                                                                 args.seed)
+            table.append([count, *change_cells(change)])
     write_report(args, "Best of N by the reward", [
-        f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\"), {args.checkpoint[0]}.",
+        f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\"), {shown(args.checkpoint[0])}.",
         markdown(["N", *HEADS], rows), f"Differences to N = {first}:",
         markdown(["N", *HEADS[:6], "Frechet ratio"], table)], numbers, "alignment.py")
-
-
-def command_of(settings):
-    """The crpo.py command that makes a run with these settings (its config.json)."""
-    import crpo
-    parser, words = crpo.make_parser(), ["python crpo.py"]
-    for action in parser._actions:
-        value = settings.get(action.dest, action.default)
-        if value != action.default and action.dest in settings:
-            flag = action.option_strings[0]
-            words.append(flag if value is True else flag.replace("--", "--no-", 1) if value is False else
-                         f"{flag} {shlex.quote(str(value))}")
-    return " ".join(words)
 
 
 def search(args):
@@ -208,11 +208,10 @@ def search(args):
                 break
             report = read_json(folder / "report.json")
             change = gains([kept(folder / "heard.safetensors")], base, real, args.draws, args.seed)
-            numbers[str(folder)] = {"command": command_of(settings), "report": report, "gains": change}
-            rows.append([f"`{command_of(settings)}`" if k == 1 else "", k, report["pairs"],
+            numbers[str(folder)] = {"command": settings["command"], "report": report, "gains": change}
+            rows.append([f"`{settings['command']}`" if k == 1 else "", k, report["pairs"],
                          f"{report['accuracy']:.2f}", f"{report['winner'] / report['reference_winner']:.3f}",
-                         *("{:+.4f} ({:+.4f} to {:+.4f})".format(*change[key]) for key in SCORES),
-                         "x {:.3f} ({:.3f} to {:.3f})".format(*change["frechet"])])
+                         *change_cells(change)])
     if not rows:
         raise UserError(f"{' '.join(args.runs)}: no finished iteration of crpo.py; pass the --out of its runs")
     write_report(args, "Search for the settings of crpo.py", [
@@ -248,7 +247,8 @@ def make_parser():
     group.add_argument("--cache", default="cache/evaluate", help="of generated latents (default: cache/evaluate)")
     group.add_argument("--out", default="results", help="folder of the tables (default: results)")
     group.add_argument("--batch_size", type=int, default=32, help="samples at a time (default: 32)")
-    group.add_argument("--dtype", choices=["float32"], default="float32", help=argparse.SUPPRESS)
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    parser.set_defaults(dtype="float32")                    # of sampling, for evaluate.sampled's key of kept latents
     return parser
 
 
@@ -261,8 +261,10 @@ def main(argv=None):
         raise UserError("--counts must be at least 1, and best_of takes one --checkpoint")
     if args.command == "crpo_search" and not args.runs:
         raise UserError("crpo_search needs --runs, the --out folders of crpo.py")
-    {"alignment": compare, "best_of": best_of, "crpo_search": search}[args.command](args)
-    print("next: python sample.py --checkpoint FOLDER makes its clips again, to hear the difference")
+    {"alignment": compare, "best_of": compare_counts, "crpo_search": search}[args.command](args)
+    heard_in = args.runs[0] + "/iteration_1" if args.command == "crpo_search" else shown(args.checkpoint[-1])
+    print(f"next: python sample.py --checkpoint {shlex.quote(heard_in)}, to hear the difference to --checkpoint "
+          f"{shlex.quote(shown(args.against))}")
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def with_conditions(rows, tensors, model, batch_size=64):
     pairs = {"hidden": hidden, "mask": mask, "duration": torch.tensor([float(row["duration"]) for row in rows])}
     for which in ("winner", "loser"):
         mean = codec.normalise(tensors[f"{which}_mean"].to(device)).cpu()
-        pairs[f"{which}_mean"] = mean
-        pairs[f"{which}_std"] = tensors[f"{which}_std"] / codec.latent_std.cpu()
+        std = tensors.get(f"{which}_std", torch.zeros_like(mean))        # sampled latents have none
+        pairs |= {f"{which}_mean": mean, f"{which}_std": std / codec.latent_std.cpu()}
     return pairs                                       # draw_pairs indexes, which copies out of inference mode
 
 
@@ -369,7 +369,7 @@ def run(args):
                         "lower it, or give more")
     if args.pairs:
         read_pairs(args.pairs, args.audio_dir)
-    write_json(out / "config.json", settings)                             # all that can be wrong is right
+    write_json(out / "config.json", {"command": command_of(args), **settings})        # all that can be wrong is right
     print(f"effective beta: {args.beta * args.half:g} on {args.reduction}s over (L, C)")
     rows = [table_row(args, ears, "real scenes", None, None, device),
             table_row(args, ears, "base", out / "base.safetensors", args.checkpoint, device)]
@@ -439,7 +439,8 @@ def make_parser():
     flag(group, "--beta", 2000.0, "default: DEFAULT, as the official code (paper: not given)")
     flag(group, "--half", 0.5, "factor on beta (default: DEFAULT, as the official code; Eq. 2: 1)")
     group.add_argument("--reduction", choices=["mean", "sum"], default="mean",
-                       help="of squared errors over (L, C) (default: mean, as the official code; Eq. 2: sum)")
+                       help="of squared errors over (L, C) (default: mean, as the official code; Eq. 2: sum, where the "
+                            "same strength is a --beta L * C times smaller)")
     flag(group, "--fm_weight", 1.0, "of the flow-matching loss of winners (default: DEFAULT; paper: 1; 0: L_DPO-FM)")
     group.add_argument("--shared_noise", action=argparse.BooleanOptionalAction, default=True,
                        help="winner and loser share the noise; t they always share (default: shared, as official)")
@@ -478,6 +479,18 @@ def make_parser():
                             "float32, as the official code; cosine of both gradients 0.99, of two draws of noise 0.1)")
     flag(group, "--device", "auto", "auto, cuda, mps or cpu (default: DEFAULT)")
     return parser
+
+
+def command_of(args):
+    """The command that gives these flags: those that differ from the default, without --out."""
+    words = ["python crpo.py"]
+    for action in make_parser()._actions:
+        value = getattr(args, action.dest, action.default)
+        if value != action.default and action.dest != "out":
+            flag = action.option_strings[0]
+            words.append(flag if value is True else flag.replace("--", "--no-", 1) if value is False else
+                         f"{flag} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 def parse_args(argv=None):

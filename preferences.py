@@ -5,15 +5,20 @@ candidates.safetensors, scores.jsonl, pairs.jsonl with pairs.safetensors. `args`
 
 Letters: M prompts, N clips of each, P pairs, L latent frames, C latent channels.
 """
+import itertools
 import shutil
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from audio import fit_audio
 from common import UserError, append_jsonl, generator, load_tensors, read_jsonl, save_tensors, warn, write_jsonl
+from data import load_clip
 from reward import make_pairs, read_pairs
 from sample import decode, default_duration, generate, read_prompts
+
+ENCODED_AT_ONCE = 8     # clips: of the codecs' activations, not of their latents, memory is full
 
 
 def prompt_pool(args, max_duration):
@@ -76,60 +81,70 @@ def score_candidates(args, folder, seed, prompts, latents, model, clap, maker):
 
 
 def write_pairs(args, folder, prompts, scores, latents, model):
-    """pairs.jsonl and pairs.safetensors (mean and std of the winners' and losers' latents, (P, L, C) raw)."""
-    if not (folder / "pairs.safetensors").is_file():
-        winners, losers, kept = make_pairs(scores)
-        if not kept.any():
-            raise UserError(f"none of {len(prompts)} prompts makes a pair: all clips of a prompt score the same or "
-                            "NaN; raise --num_samples, or check the CLAP of --reward")
-        chosen = np.flatnonzero(kept)
-        rows = [{"prompt": prompts[m]["prompt"], "duration": prompts[m]["duration"],
-                 "winner": f"candidates.safetensors#{m * args.num_samples + winners[m]}",
-                 "loser": f"candidates.safetensors#{m * args.num_samples + losers[m]}",
-                 "reward_winner": scores[m, winners[m]], "reward_loser": scores[m, losers[m]]} for m in chosen]
-        write_jsonl(folder / "pairs.jsonl", rows)
-        places = {"winner": chosen * args.num_samples + winners[chosen],
-                  "loser": chosen * args.num_samples + losers[chosen]}
-        tensors = {}
-        for which, place in places.items():
-            mean, std = latents[torch.as_tensor(place)], torch.zeros(len(place), *latents.shape[1:])
-            if args.reencode:                              # through audio and VAE, as the official code
-                audios = decode(model, mean, [row["duration"] for row in rows])
-                mean, std = encode_all(model, audios)
-            tensors |= {f"{which}_mean": mean, f"{which}_std": std}
-        save_tensors(folder / "pairs.safetensors", tensors)
-        if not kept.all():
-            warn(f"{(~kept).sum()} of {len(kept)} prompts make no pair (equal or NaN scores)")
-    return read_jsonl(folder / "pairs.jsonl"), load_tensors(folder / "pairs.safetensors")
+    """pairs.jsonl and pairs.safetensors, returned as well: winners' and losers' raw latents (P, L, C).
+
+    Names: winner_mean, loser_mean; with --reencode they are posteriors, and winner_std, loser_std stand beside them.
+    """
+    winners, losers, kept = make_pairs(scores)
+    if not kept.any():
+        raise UserError(f"none of {len(prompts)} prompts makes a pair: all clips of a prompt score the same or "
+                        "NaN; raise --num_samples, or check the CLAP of --reward")
+    chosen = np.flatnonzero(kept)
+    rows = [{"prompt": prompts[m]["prompt"], "duration": prompts[m]["duration"],
+             "winner": f"candidates.safetensors#{m * args.num_samples + winners[m]}",
+             "loser": f"candidates.safetensors#{m * args.num_samples + losers[m]}",
+             "reward_winner": scores[m, winners[m]], "reward_loser": scores[m, losers[m]]} for m in chosen]
+    write_jsonl(folder / "pairs.jsonl", rows)
+    places = {"winner": chosen * args.num_samples + winners[chosen],
+              "loser": chosen * args.num_samples + losers[chosen]}
+    tensors = {}
+    for which, place in places.items():
+        mean = latents[torch.as_tensor(place)]
+        if args.reencode:                              # through audio and VAE, as the official code
+            tensors |= encode_all(model, which, len(rows), (
+                audio for start in range(0, len(rows), ENCODED_AT_ONCE) for audio in decode(
+                    model, mean[start:start + ENCODED_AT_ONCE],
+                    [row["duration"] for row in rows[start:start + ENCODED_AT_ONCE]])))
+        else:
+            tensors[f"{which}_mean"] = mean
+    save_tensors(folder / "pairs.safetensors", tensors)
+    if not kept.all():
+        warn(f"{(~kept).sum()} of {len(kept)} prompts make no pair (equal or NaN scores)")
+    return rows, tensors
 
 
 def static_pairs(args, folder, model):
-    """The same two files from a static preference set (--pairs)."""
-    if not (folder / "pairs.safetensors").is_file():
-        from audio import read_audio
-        rows, notes = read_pairs(args.pairs, args.audio_dir)
-        for note in notes:
-            warn(note)
-        longest, tensors = model.flow.config["max_duration"], {}
+    """The same two files from a static preference set (--pairs). A pair lasts as long as its winner, or as its row says."""
+    rows, notes = read_pairs(args.pairs, args.audio_dir)
+    for note in notes:
+        warn(note)
+    codec, tensors = model.codec, {}
+    samples = round(model.flow.config["max_duration"] * codec.sampling_rate)
+
+    def sounds(which):
         for row in rows:
-            row["duration"] = min(row["duration"] or default_duration(longest), longest)
-        for which in ("winner", "loser"):
-            audios = [read_audio(row[which], model.codec.sampling_rate, model.codec.audio_channels, longest, "start")
-                      for row in tqdm(rows, desc=f"reading {which}s")]
-            tensors[f"{which}_mean"], tensors[f"{which}_std"] = encode_all(model, audios)
-        write_jsonl(folder / "pairs.jsonl", rows)
-        save_tensors(folder / "pairs.safetensors", tensors)
-    return read_jsonl(folder / "pairs.jsonl"), load_tensors(folder / "pairs.safetensors")
+            audio, seconds = load_clip({"audio": row[which], "duration": row["duration"]}, codec.sampling_rate,
+                                       codec.audio_channels, samples, "start")
+            if which == "winner":
+                row["duration"] = seconds
+            yield audio
+    for which in ("winner", "loser"):
+        tensors |= encode_all(model, which, len(rows), sounds(which))
+    write_jsonl(folder / "pairs.jsonl", rows)
+    save_tensors(folder / "pairs.safetensors", tensors)
+    return rows, tensors
 
 
 @torch.inference_mode()
-def encode_all(model, audios, batch_size=8):
-    """Audio (channels, samples) -> posterior mean and std (N, L, C) of the model's length, silence added."""
-    from audio import fit_audio
+def encode_all(model, which, count, audios, quiet=False):
+    """`count` clips (channels, samples), an iterable -> {"WHICH_mean", "WHICH_std"}: posteriors (count, L, C).
+
+    Each is filled up to the model's length with silence.
+    """
     samples = round(model.flow.config["max_duration"] * model.codec.sampling_rate)
-    device, pieces = next(model.codec.parameters()).device, []
-    for start in tqdm(range(0, len(audios), batch_size), desc="encoding"):
-        batch = torch.stack([fit_audio(audio, samples, "start") for audio in audios[start:start + batch_size]])
+    device, pieces, audios = next(model.codec.parameters()).device, [], iter(audios)
+    for _ in tqdm(range(0, count, ENCODED_AT_ONCE), desc=f"encoding {which}s", disable=quiet):
+        batch = torch.stack([fit_audio(audio, samples, "start") for audio in itertools.islice(audios, ENCODED_AT_ONCE)])
         pieces.append([part[:, :model.flow.config["audio_seq_len"]].cpu()
                        for part in model.codec.encode(batch.to(device))])
-    return tuple(torch.cat(column) for column in zip(*pieces))
+    return {f"{which}_{name}": torch.cat(column) for name, column in zip(("mean", "std"), zip(*pieces))}

@@ -1,6 +1,7 @@
 """CRPO: losses against the official numbers, the stages, exact resume, that a preference is learned."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -120,10 +121,9 @@ def test_the_table_of_runs_gives_each_run_its_command(whole, tmp_path):
     words = found[str(out / "iteration_1")]["command"].split()
     assert words[:2] == ["python", "crpo.py"] and "--out" not in words and "--no-decay" not in words
     assert words[words.index("--learning_rate") + 1] == "0.003" and f"{out}/iteration_2" in found
-    settings = {**read_json(out / "config.json"), "decay": False, "offline": True}
-    again = alignment.command_of(settings).split()
-    assert vars(crpo.parse_args(again[2:] + ["--out", "x"])) | {"out": 0} == vars(crpo.parse_args(
-        words[2:] + ["--no-decay", "--offline", "--out", "x"])) | {"out": 0}
+    assert words == crpo.command_of(crpo.parse_args(words[2:])).split()
+    args = crpo.parse_args([*words[2:], "--no-decay", "--offline", "--prompt_file", "a file.txt"])
+    assert crpo.parse_args(shlex.split(crpo.command_of(args))[2:]) == args
     with pytest.raises(UserError, match="config.json is missing"):
         alignment.main(["crpo_search", "--runs", str(tmp_path), "--out", str(tmp_path)])
 
@@ -244,6 +244,12 @@ def test_offline_raw_reencoded_and_static_sets(tiny, whole, tmp_path):
     run(tiny, tmp_path / "offline", "--offline", "--carry", "raw", "--reencode", "--epochs", "1", "--reduction", "sum",
         "--t_distribution", "uniform", "--no-shared_noise", "--no-decay", "--beta", "1")
     assert not (tmp_path / "offline" / "iteration_2" / "pairs.jsonl").exists()
+    rates = [row["lr"] for row in read_jsonl(tmp_path / "offline" / "iteration_2" / "log.jsonl")]
+    assert rates[-1] == 3e-3                                                    # no decay
+    state = torch.load(tmp_path / "offline" / "iteration_2" / "state.pt", weights_only=True)
+    kept = load_tensors(tmp_path / "offline" / "iteration_2" / "tangoflux.safetensors")
+    assert all(torch.equal(kept[name], state["weights"][name]) for name in state["average"])       # raw, not averaged
+    assert not torch.equal(state["weights"]["fc.0.weight"], state["average"]["fc.0.weight"])
     tensors = load_tensors(tmp_path / "offline" / "iteration_1" / "pairs.safetensors")
     assert tensors["winner_std"].min() > 0                      # a posterior, not the sampled latent
     from audio import write_wav
@@ -259,6 +265,8 @@ def test_offline_raw_reencoded_and_static_sets(tiny, whole, tmp_path):
                                       if word not in loop and given[max(i - 1, 0)] not in loop]))
     assert table[-1]["name"] == "iteration 1"
     assert read_json(tmp_path / "static" / "iteration_1" / "report.json")["pairs"] == 2
+    lasts = [row["duration"] for row in read_jsonl(tmp_path / "static" / "iteration_1" / "pairs.jsonl")]
+    assert lasts == [9000 / 16000] * 2                              # the winner's own, not the row's 10 s
 
 
 def test_nan_rewards_and_ties_are_counted_and_skipped(tiny, tmp_path, monkeypatch, capsys):
@@ -283,8 +291,10 @@ def test_wrong_input_is_one_line(tiny, whole, tmp_path):
         run(tiny, tmp_path / "a", "--prompts", "50")
     with pytest.raises(UserError, match="started with beta = 2000.0, now it is 5.0"):
         run(tiny, whole[0], "--beta", "5")
-    with pytest.raises(UserError, match="would have no effect beside --pairs"):
-        run(tiny, tmp_path, "--pairs", "x.json", "--offline")
+    with pytest.raises(UserError, match="--prompts, --offline would have no effect beside --pairs"):
+        crpo.parse_args(["--pairs", "x.json", "--offline", "--prompts", "7"])
+    with pytest.raises(UserError, match="without --pairs leave it out"):
+        run(tiny, tmp_path, "--audio_dir", str(tmp_path))
     for flag, value in (("--beta", "nan"), ("--epochs", "0"), ("--dropout", "1.5"), ("--learning_rate", "-1")):
         with pytest.raises(UserError, match=f"{flag} is"):
             run(tiny, tmp_path, flag, value)
