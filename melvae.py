@@ -279,7 +279,8 @@ class MelVAE(nn.Module):
 
         The first decode then is the best linear one; training adds what a network can on top of it.
         """
-        columns = torch.cat([self.to_patches(part.float()).transpose(1, 2).flatten(0, 1)    # (N L, M patch)
+        device = self.skip_encoder.device
+        columns = torch.cat([self.to_patches(part.float().to(device)).transpose(1, 2).flatten(0, 1)  # (N L, M patch)
                              for part in log_mels.split(256)])
         variance, axes = torch.linalg.eigh(columns.T @ columns / len(columns))
         variance, axes = variance[-self.latent_channels:].clamp(min=1e-6), axes[:, -self.latent_channels:]

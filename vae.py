@@ -167,8 +167,9 @@ def gather(codec, clips, what):
         audio = clip()                                                              # (channels, samples)
         missing = -audio.shape[-1] % codec.hop
         audio = torch.nn.functional.pad(audio, (0, missing))
-        is_mel = codec_kind(codec) == "mel"
-        examples.append(codec.mel(audio.mean(0, keepdim=True))[0].half() if is_mel else audio)
+        if codec_kind(codec) == "mel":
+            audio = codec.mel(audio.mean(0, keepdim=True).to(codec.latent_mean.device))[0].half().cpu()
+        examples.append(audio)
     return torch.stack(examples)
 
 
