@@ -4,6 +4,7 @@
     python alignment.py --checkpoint runs/a runs/b runs/c --prompts 1024         # training seeds, pooled and each
     python alignment.py best_of --counts 1 5 10 15                               # the reward chooses (paper A.3)
     python alignment.py crpo_search --runs runs/search/* # runs of crpo.py, on the held-out prompts that they share
+    python alignment.py crpo_pairs --runs runs/crpo      # what its winners have that its losers lack
 
 Who says so: the reward (the CLAP that ranked: the one that can be fooled), the judge (a CLAP that ranked nothing),
 and the truth of the world as the judge's tagger hears it: event F1, order, exact scenes. Beside them the Frechet
@@ -21,11 +22,12 @@ import torch
 
 import metrics
 from clap import load_clap
-from common import UserError, choose_device, in_range, load_tensors, parse_arguments, read_json, run_main, save_tensors
-from evaluate import markdown, render, sampled, write_report
+from common import (UserError, choose_device, in_range, load_tensors, parse_arguments, read_json, read_jsonl, run_main,
+                    save_tensors)
+from evaluate import as_clips, markdown, render, sampled, write_report
 from model import load_model
 from reward import JUDGE, REWARD, best_of
-from sample import BASE, DEFAULT_CHECKPOINT, HERE, add_sampling_flags, check_sampling_flags
+from sample import BASE, DEFAULT_CHECKPOINT, HERE, add_sampling_flags, check_sampling_flags, decode
 from tagger import features, hear, load_tagger, posteriors
 from world import SAMPLE_RATE, World
 
@@ -221,19 +223,57 @@ def search(args):
         numbers, "alignment.py")
 
 
+def compare_pairs(args):
+    """What the reward prefers: winners against losers of the pairs of crpo.py's --runs, heard by judge and truth.
+
+    A property that winners and losers have alike cannot be learned from their preference.
+    """
+    device = choose_device(args.device)
+    ears, model, world = Ears(args.tagger, args.reward, args.judge, device), load_model(args.against, device), None
+    found = {"real scenes": [], "losers": [], "winners": []}
+    for run in map(Path, args.runs):
+        settings = read_json(run / "config.json")
+        if settings["pairs"] or settings["prompt_file"]:
+            raise UserError(f"{run}: its prompts are not the world's; the truth is known of no others")
+        for folder in sorted(run.glob("iteration_*"), key=lambda folder: int(folder.name.split("_")[1])):
+            if not (folder / "pairs.jsonl").is_file():
+                continue                                                   # --offline: those of the first iteration
+            world = world or World("train", seed="crpo")
+            places = {which: [int(row[which].split("#")[1]) for row in read_jsonl(folder / "pairs.jsonl")]
+                      for which in ("loser", "winner")}
+            prompts, made = read_jsonl(folder / "prompts.jsonl"), load_tensors(folder / "candidates.safetensors")
+            clips, scenes = render(world, [prompts[place // settings["num_samples"]]["prompt_id"]
+                                           for place in places["winner"]])
+            found["real scenes"].append(ears.listen(clips, scenes))
+            for which, place in places.items():
+                audios = decode(model, made["latents"][place], [scene.duration for scene in scenes], progress=True)
+                found[f"{which}s"].append(ears.listen(as_clips(model.codec, audios), scenes))
+    if world is None:
+        raise UserError(f"{' '.join(args.runs)}: no pairs of crpo.py; pass the --out of its runs")
+    found = {name: {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
+             for name, parts in found.items()}
+    real = found["real scenes"]
+    numbers = {name: summary(values, real) for name, values in found.items()}
+    numbers["winners against losers"] = change = gains([found["winners"]], found["losers"], real, args.draws, args.seed)
+    write_report(args, "Winners and losers of crpo.py", [
+        f"{len(real['reward'])} pairs, the best and the worst clip of a prompt by the reward.",
+        markdown(["clips", *HEADS], [[name, *cells(values)] for name, values in numbers.items() if name in found]),
+        "Winners minus losers, in brackets the 95 % interval over prompts (Frechet distance: the ratio):",
+        markdown([*HEADS[:6], "Frechet ratio"], [change_cells(change)])], numbers, "alignment.py")
+
+
 def make_parser():
     """All flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["alignment", "best_of", "crpo_search"],
-                        default="alignment",
-                        help="which table (default: alignment)")
+    parser.add_argument("command", nargs="?", choices=["alignment", "best_of", "crpo_search", "crpo_pairs"],
+                        default="alignment", help="which table (default: alignment)")
     group = parser.add_argument_group("what to compare")
     group.add_argument("--checkpoint", nargs="+", default=[str(DEFAULT_CHECKPOINT)],
                        help="model folders to judge (default: the bundled aligned one)")
     group.add_argument("--against", default=str(BASE), help="the base (default: the bundled one)")
     group.add_argument("--counts", type=int, nargs="+", default=[1, 5, 10, 15],
                        help="the N of best_of (default: 1 5 10 15, as paper Table 5)")
-    group.add_argument("--runs", nargs="+", default=[], help="of crpo_search: what crpo.py wrote (its --out)")
+    group.add_argument("--runs", nargs="+", default=[], help="of crpo_search and crpo_pairs: --out folders of crpo.py")
     group.add_argument("--prompts", type=int, default=1024, help="held-out prompts (default: 1024)")
     group.add_argument("--pairs", choices=["seen", "unseen", "all"], default="unseen",
                        help="pairs of events of the prompts (default: unseen)")
@@ -259,10 +299,12 @@ def main(argv=None):
     in_range("--draws", args.draws, 1, 1e6)
     if min(args.counts) < 1 or (args.command == "best_of" and len(args.checkpoint) > 1):
         raise UserError("--counts must be at least 1, and best_of takes one --checkpoint")
-    if args.command == "crpo_search" and not args.runs:
-        raise UserError("crpo_search needs --runs, the --out folders of crpo.py")
-    {"alignment": compare, "best_of": compare_counts, "crpo_search": search}[args.command](args)
-    heard_in = args.runs[0] + "/iteration_1" if args.command == "crpo_search" else shown(args.checkpoint[-1])
+    of_runs = args.command in ("crpo_search", "crpo_pairs")
+    if of_runs and not args.runs:
+        raise UserError(f"{args.command} needs --runs, the --out folders of crpo.py")
+    {"alignment": compare, "best_of": compare_counts, "crpo_search": search, "crpo_pairs": compare_pairs}[args.command](
+        args)
+    heard_in = args.runs[0] + "/iteration_1" if of_runs else shown(args.checkpoint[-1])
     print(f"next: python sample.py --checkpoint {shlex.quote(heard_in)}, to hear the difference to --checkpoint "
           f"{shlex.quote(shown(args.against))}")
 

@@ -1,14 +1,14 @@
 """Speed, side by side. `crpo`: an iteration of this repository against the same model driven as officially.
 
-    python bench.py crpo                                 # 3 rounds, on a CPU about 20 minutes
+    python bench.py crpo                                 # 3 rounds, on two cores 25 minutes
     python bench.py crpo --prompts 12 --repeats 1
 
 All make N clips of the same M prompts, score them by the same CLAP, pair best and worst, and take the same number of
-training steps on their pairs. Ours is what crpo.py runs, at its defaults: --steps 10, its --dtype. The official way (its
-shell script and three Python files) is driven twice: at our number of sampler steps, and at its own 50. It samples one
-prompt at a time with its N clips and writes each clip to a wav file; CLAP reads file after file and embeds one clip and
-one text at a time; every training step reads its wav files again, encodes them by the VAE and their prompts by T5, in
-float32. Both ways use the decoder of this repository. The ways take turns; times are wall-clock seconds, ratios are
+training steps on their pairs. Ours is what crpo.py runs, at its defaults: --steps 10, its --dtype. The official way
+(its shell script and three Python files) is driven twice: at our number of sampler steps, and at its own 50. It samples
+one prompt at a time with its N clips and writes each clip to a wav file; CLAP reads file after file and embeds one clip
+and one text at a time; every training step reads its wav files again, encodes them by the VAE and their prompts by T5,
+in float32. Both ways use the decoder of this repository. The ways take turns; times are wall-clock seconds, ratios are
 medians over the rounds.
 """
 import argparse
@@ -163,10 +163,10 @@ def bench_crpo(args):
     text = "\n\n".join([
         "# An iteration of CRPO against the official way of driving the same model",
         f"    python bench.py {shlex.join(sys.argv[1:] if sys.argv[0].endswith('bench.py') else ['crpo'])}",
-        f"{args.prompts} prompts x {args.num_samples} clips, {args.train_steps} training steps of {args.batch_size} pairs, "
-        f"{torch.get_num_threads()} threads. Medians of {args.repeats} rounds; \"a second\": clips, or pairs trained; x: how "
-        f"many times as long as ours, with its range. Median difference of a clip's score between ours and the official "
-        f"way at as many steps: {max(differences):.0e}, from its 16-bit wav files.",
+        f"{args.prompts} prompts x {args.num_samples} clips, {args.train_steps} training steps of {args.batch_size} "
+        f"pairs, {torch.get_num_threads()} threads. Medians of {args.repeats} rounds; \"a second\": clips, or pairs "
+        f"trained; x: how many times as long as ours, with its range. Median difference of a clip's score between ours "
+        f"and the official way at as many steps: {max(differences):.0e}, from its 16-bit wav files.",
         markdown(["stage", *ways], rows)]) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -180,7 +180,8 @@ def main(argv=None):
     parser.add_argument("--checkpoint", default=str(crpo.BASE), help="model folder (default: checkpoints/toy/base)")
     parser.add_argument("--prompts", type=int, default=48, help="M (default: 48)")
     parser.add_argument("--epochs", type=int, default=24, help="over the M pairs (default: 24, as crpo.py)")
-    parser.add_argument("--official_steps", type=int, default=50, help="sampler steps of the official way (default: 50)")
+    parser.add_argument("--official_steps", type=int, default=50,
+                        help="sampler steps of the official way (default: 50)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds after one to warm up (default: 3)")
     parser.add_argument("--out", default="results", help="folder of the table (default: results)")
     args = parse_arguments(parser, argv)

@@ -408,8 +408,8 @@ def run(args):
 
 
 TRAINED_WITH = ("beta", "half", "reduction", "fm_weight", "shared_noise", "t_distribution", "t_mean", "dropout",
-                "batch_size", "micro_batch", "epochs", "learning_rate", "decay", "beta1", "beta2", "weight_decay", "clip",
-                "ema", "dtype")
+                "batch_size", "micro_batch", "epochs", "learning_rate", "decay", "beta1", "beta2", "weight_decay",
+                "clip", "ema", "dtype")
 FREE = ("out", "device", "log_every", "save_every")        # another value goes on with the same run
 
 
@@ -499,9 +499,9 @@ def parse_args(argv=None):
     check_sampling_flags(args)
     for name, low, high in (("iterations", 1, 1000), ("prompts", 1, 1e8), ("num_samples", 1, 10000), ("pool", 1, 1e8),
                             ("beta", 0, 1e9), ("half", 0, 100), ("fm_weight", 0, 1e6), ("t_mean", -20, 20),
-                            ("dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("micro_batch", 1, 1e6), ("learning_rate", 0, 10),
-                            ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999),
-                            ("weight_decay", 0, 10), ("clip", 0, 1e9), ("ema", 0, 1), ("generation_batch", 1, 1e6),
+                            ("dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("micro_batch", 1, 1e6),
+                            ("learning_rate", 0, 10), ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999),
+                            ("beta2", 0, 0.99999), ("weight_decay", 0, 10), ("clip", 0, 1e9), ("ema", 0, 1), ("generation_batch", 1, 1e6),
                             ("evaluate", 2, 1e6), ("evaluation_seed", 0, 2 ** 62), ("log_every", 1, 1e9),
                             ("save_every", 1, 1e9), ("save_clips", 1, 1e9), ("seed", 0, 2 ** 50)):
         in_range(f"--{name}", getattr(args, name), low, high)

@@ -25,7 +25,8 @@ def test_a_small_bench_writes_its_table(tiny, tmp_path, monkeypatch, capsys):  #
                 "--official_steps", "12", "--out", str(tmp_path)])
     found = read_json(tmp_path / "bench_crpo.json")
     assert list(found["runs"]) == ["ours, 10 steps", "official way, 10 steps", "official way, 12 steps"]
-    assert all(np.isfinite(list(run.values())).all() and len(run) == 3 for many in found["runs"].values() for run in many)
+    assert all(np.isfinite(list(run.values())).all() and len(run) == 3
+               for many in found["runs"].values() for run in many)
     text = (tmp_path / "bench_crpo.md").read_text()
     assert "3 prompts x 5 clips, 2 training steps of 3 pairs" in text and "whole iteration" in text
     for flag in ("--prompts", "--epochs", "--official_steps", "--repeats"):

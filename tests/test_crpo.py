@@ -128,6 +128,19 @@ def test_the_table_of_runs_gives_each_run_its_command(whole, tmp_path):
         alignment.main(["crpo_search", "--runs", str(tmp_path), "--out", str(tmp_path)])
 
 
+def test_what_winners_have_that_losers_lack(tiny, whole, tmp_path):
+    import alignment
+    out, _ = whole
+    alignment.main(["crpo_pairs", "--runs", str(out), "--against", str(tiny / "model"), "--draws", "20",
+                    "--reward", str(tiny / "clap0"), "--judge", str(tiny / "clap1"), "--out", str(tmp_path)])
+    found = read_json(tmp_path / "crpo_pairs.json")
+    rows = [row for k in (1, 2) for row in read_jsonl(out / f"iteration_{k}" / "pairs.jsonl")]
+    for which in ("winner", "loser"):                   # heard again, they score what they scored
+        scores = [row[f"reward_{which}"] for row in rows]
+        assert found[f"{which}s"]["reward"] == pytest.approx(np.mean(scores), abs=1e-4)
+    assert found["winners against losers"]["reward"][1] > 0
+
+
 def test_the_loop_leaves_what_it_says(tiny, whole):
     from model import load_model
     from sample import generate
