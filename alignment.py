@@ -150,6 +150,8 @@ def made_scenes(args, ears, checkpoint, scenes, device):
 def compare(args):
     """Table and intervals of --checkpoint against --against on unseen pairs of events (or --pairs)."""
     device = choose_device(args.device)
+    for name in (args.against, *args.checkpoint):
+        load_model(name)                        # a faulty one is told now, not after minutes of listening
     ears = Ears(args.tagger, args.reward, args.judge, device)
     scenes, real = real_scenes(args, ears)
     rows, numbers, found = [["real scenes", *cells(summary(real, real))]], {}, {}
@@ -175,6 +177,7 @@ def compare(args):
 def compare_counts(args):
     """Paper Table 5: the reward chooses among the first N samples of each prompt; judge and truth say if it helps."""
     device = choose_device(args.device)
+    load_model(args.checkpoint[0])
     ears = Ears(args.tagger, args.reward, args.judge, device)
     scenes, real = real_scenes(args, ears)
     most = max(args.counts)
@@ -198,11 +201,19 @@ def compare_counts(args):
         markdown(["N", *HEADS[:6], "Frechet ratio"], table)], numbers, "alignment.py")
 
 
+def settings_of(run):
+    """config.json of a run of crpo.py. Raises UserError if the folder is none."""
+    settings = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if "num_samples" not in settings:
+        raise UserError(f"{run} is no run of crpo.py; pass --runs the --out folder of one")
+    return settings
+
+
 def search(args):
     """What each iteration of each run of crpo.py in --runs gained on the run's held-out prompts, and its command."""
     rows, numbers = [], {}
     for run in map(Path, args.runs):
-        settings = read_json(run / "config.json")
+        settings = settings_of(run)
         real, base = (kept(run / f"{name}.safetensors") for name in ("real", "base"))
         for k in range(1, settings["iterations"] + 1):
             folder = run / f"iteration_{k}"
@@ -229,10 +240,10 @@ def compare_pairs(args):
     A property that winners and losers have alike cannot be learned from their preference.
     """
     device = choose_device(args.device)
+    all_settings = {run: settings_of(run) for run in map(Path, args.runs)}
     ears, model, world = Ears(args.tagger, args.reward, args.judge, device), load_model(args.against, device), None
     found = {"real scenes": [], "losers": [], "winners": []}
-    for run in map(Path, args.runs):
-        settings = read_json(run / "config.json")
+    for run, settings in all_settings.items():
         if settings["pairs"] or settings["prompt_file"]:
             raise UserError(f"{run}: its prompts are not the world's; the truth is known of no others")
         for folder in sorted(run.glob("iteration_*"), key=lambda folder: int(folder.name.split("_")[1])):

@@ -244,8 +244,11 @@ def other_parts(policy, folder, model):
 
 @functools.lru_cache(maxsize=8)
 def policy_hash(folder):
-    """What scores.jsonl calls a model: the hash of its flow's weights."""
+    """What scores.jsonl calls a model: the hash of its flow's weights. UserError if `folder` holds none."""
     path = resolve(model_folder(folder), "flow") / "tangoflux.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} is no model folder ({path.name} is missing); of a run of crpo.py pass an "
+                        "iteration_1, iteration_2, ...")
     return f"sha256:{file_hash(path)[:16]}"
 
 
@@ -501,7 +504,8 @@ def parse_args(argv=None):
                             ("beta", 0, 1e9), ("half", 0, 100), ("fm_weight", 0, 1e6), ("t_mean", -20, 20),
                             ("dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("micro_batch", 1, 1e6),
                             ("learning_rate", 0, 10), ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999),
-                            ("beta2", 0, 0.99999), ("weight_decay", 0, 10), ("clip", 0, 1e9), ("ema", 0, 1), ("generation_batch", 1, 1e6),
+                            ("beta2", 0, 0.99999), ("weight_decay", 0, 10), ("clip", 0, 1e9), ("ema", 0, 1),
+                            ("generation_batch", 1, 1e6),
                             ("evaluate", 2, 1e6), ("evaluation_seed", 0, 2 ** 62), ("log_every", 1, 1e9),
                             ("save_every", 1, 1e9), ("save_clips", 1, 1e9), ("seed", 0, 2 ** 50)):
         in_range(f"--{name}", getattr(args, name), low, high)

@@ -124,8 +124,11 @@ def test_the_table_of_runs_gives_each_run_its_command(whole, tmp_path):
     assert words == crpo.command_of(crpo.parse_args(words[2:])).split()
     args = crpo.parse_args([*words[2:], "--no-decay", "--offline", "--prompt_file", "a file.txt"])
     assert crpo.parse_args(shlex.split(crpo.command_of(args))[2:]) == args
-    with pytest.raises(UserError, match="config.json is missing"):
-        alignment.main(["crpo_search", "--runs", str(tmp_path), "--out", str(tmp_path)])
+    for command in ("crpo_search", "crpo_pairs"):
+        with pytest.raises(UserError, match="is no run of crpo.py; pass --runs"):
+            alignment.main([command, "--runs", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="is no model folder"):
+        crpo.policy_hash(out)
 
 
 def test_what_winners_have_that_losers_lack(tiny, whole, tmp_path):
