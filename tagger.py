@@ -6,7 +6,8 @@
 
 The judge is the ground truth of every table: it is never an input, a filter or a loss of anything that generates.
 The second tagger (another seed, width and other scenes) gives embeddings and posteriors for Frechet and KL
-distances, and a cross-check of the judge.
+distances, and a cross-check of the judge. A third one has a single "event", quality: its presence probability is its
+estimate of how little a clip was spoilt (votes.true_quality). It too judges only (train_quality.py trains it).
 
 Log-mel -> three 2D convolutions -> residual 1D convolutions at 32 ms, then 64 ms. Three read-outs: activity of each
 event per 64 ms frame, presence in the clip (attention over frames), and for countable events a rate of strikes per
@@ -35,7 +36,8 @@ from vocoder import MEL_16K, LogMel
 MEL_PER_FRAME = 4                       # mel frames per tagger frame
 FRAME_SECONDS = MEL_PER_FRAME * MEL_16K["hop_size"] / MEL_16K["sampling_rate"]
 MEL_FLOOR = -5.0                        # log10 of the mel clamp: silence
-FILES = {"judge": "tagger.safetensors", "features": "tagger_features.safetensors"}
+FILES = {"judge": "tagger.safetensors", "features": "tagger_features.safetensors",
+         "quality": "tagger_quality.safetensors"}
 
 
 # ----------------------------------------------------------------------------- the network
@@ -80,7 +82,7 @@ class Tagger(nn.Module):
         self.attention = nn.Linear(width, len(self.events))
         self.evidence = nn.Linear(width, len(self.events))
         self.strike_hidden = nn.Linear(2 * width, width // 2)
-        self.strikes = nn.Linear(width // 2, len(self.countable))
+        self.strikes = nn.Linear(width // 2, max(1, len(self.countable)))   # a quality judge counts nothing
         nn.init.constant_(self.activity.bias, -3.0)             # events are rare, strikes rarer: start there
         nn.init.constant_(self.strikes.bias, -3.0)
 
@@ -121,7 +123,7 @@ def save_tagger(path, tagger, dtype=torch.float16):
 
 
 def load_tagger(source, which="judge", device="cpu"):
-    """A Tagger in eval mode from a file, or from a folder that holds it (`which`: "judge" or "features")."""
+    """A Tagger in eval mode from a file, or from a folder that holds it (`which`: a name of FILES)."""
     from safetensors import safe_open
     path = Path(source)
     path = path / FILES[which] if path.suffix != ".safetensors" else path
@@ -249,6 +251,13 @@ def posteriors(tagger, audio, batch_size=64):
     return torch.cat([tagger.clip_probabilities(mel) for mel in _log_mels(tagger, audio, batch_size)])
 
 
+def quality(tagger, audio, batch_size=64):
+    """Audio (N, samples) -> (N,) estimated quality in [0, 1]; `tagger` is the quality judge. UserError if it isn't."""
+    if tagger.events != ["quality"]:
+        raise UserError("this tagger hears events, not quality; pass the folder of a tagger_quality.safetensors")
+    return posteriors(tagger, audio, batch_size)[:, 0]
+
+
 # ----------------------------------------------------------------------------- report
 
 def report(args):
@@ -282,7 +291,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("which ear")
     what.add_argument("--tagger", default="checkpoints/toy/base", help="file or folder (default: %(default)s)")
-    what.add_argument("--which", choices=FILES, default="judge", help="tagger of the folder (default: %(default)s)")
+    what.add_argument("--which", choices=("judge", "features"), default="judge", help="tagger of the folder (default: %(default)s)")
     what.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: %(default)s)")
     scenes = parser.add_argument_group("what it hears")
     scenes.add_argument("--split", choices=("train", "val", "test"), default="test",

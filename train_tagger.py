@@ -189,10 +189,11 @@ def batch_indices(seed, step, scenes, batch_size):
 
 
 def fit(tagger, scenes, out, seed=0, steps=1500, batch_size=32, learning_rate=3e-3, weight_decay=0.05,
-        max_minutes=None, save_every=100, autocast=None, augmented=True):
+        max_minutes=None, save_every=100, autocast=None, augmented=True, loss_of=tagger_loss):
     """Train `tagger` in place on `scenes` = render_scenes(...); resumes exactly from out/state.pt.
 
-    autocast: a function that gives a context (training.choose_dtype). True when all steps are done.
+    autocast: a function that gives a context (training.choose_dtype). loss_of(outputs, *truth): loss and its parts.
+    True when all steps are done.
     """
     state_path, step, device = Path(out) / "state.pt", 0, tagger.norm.weight.device
     optimizer = make_optimizer(dict(tagger.named_parameters()), (0.9, 0.98), weight_decay)
@@ -208,15 +209,15 @@ def fit(tagger, scenes, out, seed=0, steps=1500, batch_size=32, learning_rate=3e
     late = False
     while step < steps and not late:
         rows = batch_indices(seed, step, len(scenes[0]), batch_size)
-        *batch, hits = (part[rows] if part.dtype == torch.int8 else part[rows].float() for part in scenes)
+        batch = [part[rows] if part.dtype == torch.int8 else part[rows].float() for part in scenes]
         if augmented:
-            batch = augment(*batch, generator(seed, "augment", step))
-        mel, activity, rate, hits = (part.to(device) for part in (*batch, hits))
+            batch[:3] = augment(*batch[:3], generator(seed, "augment", step))
+        mel, *truth = (part.to(device) for part in batch)
         for group in optimizer.param_groups:                    # short warm-up, then a cosine to zero
             group["lr"] = learning_rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with autocast() if autocast else nullcontext():
             outputs = tagger(mel)
-        loss, parts = tagger_loss(outputs, activity, rate, hits)
+        loss, parts = loss_of(outputs, *truth)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tagger.parameters(), 2.0)
@@ -272,7 +273,7 @@ def parse_args():
 
     group = parser.add_argument_group("where")
     flag(group, "--out", "runs/tagger", "run folder; a run found there is resumed")
-    flag(group, "--which", "judge", "decides the name of the file written", choices=FILES)
+    flag(group, "--which", "judge", "decides the name of the file written", choices=("judge", "features"))
     flag(group, "--device", "auto", "auto, cuda, mps or cpu")
     flag(group, "--dtype", "auto", "of the forward pass", choices=("auto", "float32", "bfloat16"))
     flag(group, "--max_minutes", None, "stop training after so many; the same command goes on", float)
