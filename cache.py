@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (UserError, append_jsonl, atomic_path, choose_device, file_hash, in_range, parse_arguments,
-                    read_json, read_jsonl, run_main, warn, write_json)
+from common import (UserError, append_jsonl, atomic_path, choose_device, file_hash, in_range, load_tensors,
+                    parse_arguments, read_json, read_jsonl, run_main, warn, write_json)
 
 FORMAT = 1                                  # raise it when the layout of the folder changes: older ones are refused
 TRAIN_SCENES, VAL_SCENES = 100000, 512      # scenes of the built-in world
@@ -336,6 +336,45 @@ def text_cache(cache, encoder, max_length, batch=64):
     return np.load(path, mmap_mode="r"), offsets
 
 
+# ----------------------------------------------------------------------------- clips that a model made and kept
+
+class Joined:
+    """Arrays of rows (N, ...) one behind the other, read by row numbers as if they were one."""
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+        self.shape = (len(first) + len(second), *first.shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """Row numbers (B,) -> (B, ...)."""
+        rows = np.asarray(rows)
+        late, count = rows >= len(self.first), len(self.first)
+        found = np.empty((len(rows), *self.shape[1:]), self.first.dtype)
+        found[~late], found[late] = self.first[rows[~late]], self.second[rows[late] - count]
+        return found
+
+
+def with_experts(cache, folder):
+    """`cache` and, behind its rows, the clips that expert_iteration.py kept in `folder`; their std is 0.
+
+    Raises UserError if the folder holds none, or latents of another shape.
+    """
+    folder = Path(folder)
+    if not (folder / "experts.jsonl").is_file():
+        raise UserError(f"{folder} holds no experts.jsonl; pass a round of expert_iteration.py")
+    rows = read_jsonl(folder / "experts.jsonl")
+    latents = load_tensors(folder / "experts.safetensors")["latents"].numpy()                # (K, L, C)
+    if len(rows) != len(latents) or latents.shape[1:] != cache.mean.shape[1:]:
+        raise UserError(f"{folder}: {len(rows)} experts with latents {latents.shape} do not fit latents of "
+                        f"{cache.mean.shape[1:]}; they are another model's")
+    key = settings_key({"latents": cache.key, "experts": file_hash(folder / "experts.safetensors")})
+    return Cache(cache.folder, Joined(cache.mean, latents), Joined(cache.std, np.zeros_like(latents)),
+                 [*cache.rows, *rows], np.concatenate([cache.kept, len(cache.rows) + np.arange(len(rows))]), key)
+
+
 # ----------------------------------------------------------------------------- reading
 
 class Data(NamedTuple):
@@ -346,6 +385,7 @@ class Data(NamedTuple):
     lengths: torch.Tensor                   # (N,) tokens of each
     durations: torch.Tensor                 # (N,) seconds
     text: tuple | None                      # (hidden (tokens, D), offsets (N+1,)) of a frozen encoder
+    scores: torch.Tensor | None = None      # (N,) NaN = none; None: the flow has no score head
 
 
 def prepare(cache, rows, encoder, max_length, frozen):

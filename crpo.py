@@ -5,6 +5,8 @@
     python crpo.py --offline --out runs/offline          # the base's pairs in all iterations (paper Fig. 2)
     python crpo.py --offline --fm_weight 0 --out runs/dpo        # L_DPO-FM alone on them (paper 4.5)
     python crpo.py --pairs audio_alpaca.json --checkpoint declare-lab/TangoFlux          # a static set (paper 4.3)
+    python crpo.py --checkpoint runs/experts/round_1 --score_head v2 --score 1.5 --iterations 1 --out runs/hybrid
+                                                         # stage 3 of the second paper: v1 weights as v2, then CRPO
 
 Each iteration is a folder: prompts.jsonl, candidates.safetensors, scores.jsonl, pairs.jsonl, pairs.safetensors, the
 model folder, state.pt, log.jsonl, report.json, heard.safetensors. Every stage leaves its file and is skipped where it
@@ -25,11 +27,16 @@ Where paper and official code differ, we do this:
   - fine-tuning keeps condition dropout (the code: --dropout 0); the rate decays to 0, as the code (A.5 names a warm-up
     only: --no-decay); weights are averaged and the average is carried on (the paper: the last ones, --carry raw).
 
+A model with a score head makes its candidates at --score, and learns from their pairs under the same score, which
+--score_dropout of the rows lose (second paper, III-D d: Eq. 1 is this loss; Delta is the negated difference of errors).
+
 Letters: M prompts, N clips of each, B pairs, L latent frames, C latent channels, S text tokens, D text width.
 """
 import argparse
+import contextlib
 import functools
 import html
+import io
 import json
 import math
 import os
@@ -48,7 +55,8 @@ from cache import module_hash
 from common import (UserError, append_jsonl, atomic_path, check_writable, choose_device, file_hash, generator, in_range,
                     load_tensors, parse_arguments, read_json, read_jsonl, run_main, side_by_side, warn, write_json)
 from evaluate import as_clips, markdown, render
-from model import concat_conditions, load_model, model_folder, resolve, save_model
+from model import (SCORE_HEADS, concat_conditions, load_model, model_folder, null_score, resolve, save_model,
+                   with_score_head)
 from preferences import (draw_prompts, make_candidates, prompt_pool, score_candidates, static_pairs,
                          write_pairs)
 from reward import JUDGE, REWARD, read_pairs
@@ -116,14 +124,18 @@ def draw_pairs(pairs, positions, args, seed, device):
         t = (torch.rand(1, generator=rng) if args.t_distribution == "uniform" else
              logit_normal_t(1, rng, args.t_mean, 1.0))
         draws.append((torch.stack([x0[0], x0[0]]) if args.shared_noise else x0, t[0],
-                      torch.rand((), generator=rng) < args.dropout, torch.randn(2, *shape, generator=rng)))
-    x0, t, dropped, eps = (torch.stack(column) for column in zip(*draws))
+                      torch.rand((), generator=rng) < args.dropout, torch.randn(2, *shape, generator=rng),
+                      torch.rand((), generator=rng) < args.score_dropout))
+    x0, t, dropped, eps, unscored = (torch.stack(column) for column in zip(*draws))
+    score = None
+    if args.score is not None:
+        score = torch.where(dropped | unscored, null_score(t), torch.full((len(t),), args.score)).to(device)
     rows = torch.as_tensor(np.array(chosen))
     x1 = [pairs[f"{which}_mean"][rows] + pairs[f"{which}_std"][rows] * eps[:, i]
           for i, which in enumerate(("winner", "loser"))]
     size = int(pairs["mask"][rows].sum(1).max())
     batch = Batch(None, None, None, None, *(value.to(device) for value in (
-        pairs["hidden"][rows, :size], pairs["mask"][rows, :size], pairs["duration"][rows], dropped)))
+        pairs["hidden"][rows, :size], pairs["mask"][rows, :size], pairs["duration"][rows], dropped)), score)
     return batch, torch.cat(x1).to(device), torch.cat([x0[:, 0], x0[:, 1]]).to(device), torch.cat([t, t]).to(device)
 
 
@@ -148,6 +160,20 @@ def with_conditions(rows, tensors, model, batch_size=64):
 
 
 # ============================================================================= optimisation
+
+def policy_model(args, name, device, parts=("flow", "codec", "text"), quiet=False):
+    """load_model, with the flow's score head run as --score_head says (v1 and v2 take each other's weights)."""
+    model = load_model(name, device, parts=parts)
+    head = model.flow.config.get("score_head")
+    if args.score is not None and not head:
+        raise UserError(f"--score needs a model with a score head, and {name} has none: python train_fm.py "
+                        "--score_column makes one")
+    if args.score_head and head != args.score_head:
+        if not head:
+            raise UserError(f"--score_head {args.score_head}: {name} has no score head to run so")
+        with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+            model.flow = with_score_head(model.flow, args.score_head)[0]
+    return model
 
 
 def loss_and_gradients(args, networks, named, pairs, positions, seed, device, autocast):
@@ -185,7 +211,8 @@ def optimise(args, folder, policy, rows, tensors, seed, device, autocast):
 
     The reference is a copy of the policy as it came, and stays so. What step i draws follows from (seed, i).
     """
-    model, reference = load_model(policy, device), load_model(policy, device, parts=("flow",)).flow
+    model = policy_model(args, policy, device)
+    reference = policy_model(args, policy, device, ("flow",), quiet=True).flow
     flow, networks = model.flow, (model.flow, reference, model.text)
     reference.requires_grad_(False)
     model.text.requires_grad_(False)
@@ -205,8 +232,7 @@ def optimise(args, folder, policy, rows, tensors, seed, device, autocast):
         return earlier + (time.monotonic() - began) / 60
     flow.train()
     for step in tqdm(range(step, steps), desc="optimising", initial=step, total=steps, unit="step"):
-        rate = linear_decay(step, args.learning_rate, warmup, steps) if args.decay else \
-            args.learning_rate * min(1.0, (step + 1) / max(warmup, 1))
+        rate = linear_decay(step, args.learning_rate, warmup, steps, args.decay)
         set_rate(optimizer, rate)
         parts = loss_and_gradients(args, networks, named, pairs,
                                    range(step * args.batch_size, (step + 1) * args.batch_size), seed, device, autocast)
@@ -228,8 +254,8 @@ def optimise(args, folder, policy, rows, tensors, seed, device, autocast):
     if args.carry == "ema":
         copy_weights(named, average)
     flow.eval()                                     # losses over all pairs once, without dropout (paper Fig. 4)
-    report = loss_and_gradients(argparse.Namespace(**{**vars(args), "dropout": 0.0}), networks, None, pairs,
-                                range(len(rows)), f"report {args.seed}", device, autocast)
+    whole = argparse.Namespace(**{**vars(args), "dropout": 0.0, "score_dropout": 0.0})
+    report = loss_and_gradients(whole, networks, None, pairs, range(len(rows)), f"report {args.seed}", device, autocast)
     save_model(folder, flow=flow, **other_parts(policy, folder, model), extra={"training": {**vars(args), **settings}})
     return report
 
@@ -283,11 +309,11 @@ def table_row(args, ears, name, path, folder, device):
         return render(world, [scene.index for scene in scenes])[0]
 
     def made_clips():
-        model = load_model(folder, device)
+        model = policy_model(args, folder, device, quiet=True)
         durations = [scene.duration for scene in scenes]
         latents = generate(model, [scene.prompt for scene in scenes], durations, seed=args.evaluation_seed,
                            steps=args.steps, guidance_scale=args.guidance_scale, solver=args.solver,
-                           batch_size=args.generation_batch, progress=True)
+                           batch_size=args.generation_batch, progress=True, score=args.score)
         return as_clips(model.codec, decode(model, latents, durations))
     real = alignment.heard(Path(args.out) / "real.safetensors", ears, real_clips, scenes)
     found = alignment.heard(path, ears, made_clips, scenes) if folder else real
@@ -315,10 +341,10 @@ def listening_page(args, folders, device, count=8):
     lines = ["<!doctype html><meta charset=utf-8><title>CRPO</title><h1>CRPO: the same noise before and after</h1>",
              "<table border=1 cellpadding=6><tr><th>prompt" + "".join(f"<th>{name}" for name in folders)]
     for name, folder in folders.items():
-        model = load_model(folder, device)
+        model = policy_model(args, folder, device, quiet=True)
         durations = [scene.duration for scene in scenes]
         latents = generate(model, [scene.prompt for scene in scenes], durations, args.evaluation_seed,
-                           steps=args.steps, guidance_scale=args.guidance_scale, solver=args.solver)
+                           steps=args.steps, guidance_scale=args.guidance_scale, solver=args.solver, score=args.score)
         for i, audio in enumerate(decode(model, latents, durations)):
             write_wav(out / "listen" / f"{i:02d}_{name.replace(' ', '_')}.wav", audio, model.codec.sampling_rate)
     for i, scene in enumerate(scenes):
@@ -381,7 +407,7 @@ def run(args):
         folder.mkdir(exist_ok=True)
         source = out / "iteration_1" if args.offline else folder          # offline: the first iteration's pairs
         if not (folder / "report.json").is_file():
-            model = load_model(policy, device)
+            model = policy_model(args, policy, device, quiet=k > 1)
             seed = args.seed * 1000 + k
             if (source / "pairs.safetensors").is_file():
                 pair_rows, tensors = read_jsonl(source / "pairs.jsonl"), load_tensors(source / "pairs.safetensors")
@@ -412,7 +438,7 @@ def run(args):
 
 TRAINED_WITH = ("beta", "half", "reduction", "fm_weight", "shared_noise", "t_distribution", "t_mean", "dropout",
                 "batch_size", "micro_batch", "epochs", "learning_rate", "decay", "beta1", "beta2", "weight_decay",
-                "clip", "ema", "dtype")
+                "clip", "ema", "dtype", "score", "score_head", "score_dropout")
 FREE = ("out", "device", "log_every", "save_every")        # another value goes on with the same run
 
 
@@ -451,6 +477,12 @@ def make_parser():
                        help="of t (default: logit_normal, as the official code; Eq. 2: uniform)")
     flag(group, "--t_mean", 0.8, "of the logit-normal t (default: DEFAULT, as the base; official code: 0)")
     flag(group, "--dropout", 0.1, "share of pairs losing their text (default: DEFAULT; official: 0)")
+    group = parser.add_argument_group("score (second paper, III-D d)")
+    group.add_argument("--score", type=float, help="what a model with a score head is asked for, in candidates, pairs "
+                       "and evaluation (default: nothing)")
+    group.add_argument("--score_head", choices=list(SCORE_HEADS), help="run the model's head as this one: v1 and v2 take "
+                       "each other's weights (default: as it is; second paper: v2 from v1)")
+    flag(group, "--score_dropout", 0.1, "share of pairs losing their score (default: DEFAULT; second paper: 0.1)")
     group = parser.add_argument_group("optimizer (paper 3.1, A.5)")
     flag(group, "--epochs", 24, "over the pairs of an iteration (default: DEFAULT; paper: 8)")
     flag(group, "--batch_size", 48, "pairs (default: DEFAULT; paper: 48)")
@@ -502,7 +534,7 @@ def parse_args(argv=None):
     check_sampling_flags(args)
     for name, low, high in (("iterations", 1, 1000), ("prompts", 1, 1e8), ("num_samples", 1, 10000), ("pool", 1, 1e8),
                             ("beta", 0, 1e9), ("half", 0, 100), ("fm_weight", 0, 1e6), ("t_mean", -20, 20),
-                            ("dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("micro_batch", 1, 1e6),
+                            ("dropout", 0, 1), ("score_dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("micro_batch", 1, 1e6),
                             ("learning_rate", 0, 10), ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999),
                             ("beta2", 0, 0.99999), ("weight_decay", 0, 10), ("clip", 0, 1e9), ("ema", 0, 1),
                             ("generation_batch", 1, 1e6),

@@ -60,6 +60,8 @@ def check_data_flags(args, parser, manifest=(), world=()):
     keys = ("audio_dir", "audio_key", "caption_key", "duration_key", "score_key", "crop")
     useless, why = (world, "with --data") if args.data else ((*keys, *manifest), "without --data")
     given = [f"--{name}" for name in useless if getattr(args, name) != parser.get_default(name)]
+    if "--score_column" in given:           # it is what sets the other one
+        given.remove("--score_key")
     if given:
         raise UserError(f"{' and '.join(given)} would have no effect {why}; leave one or the other out")
 

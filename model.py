@@ -14,7 +14,10 @@ names are kept, the misspelt `duration_emebdder` included, so that official weig
   - initialisation: see `init_weights`.
 The paper says 515M parameters; the official layout has 518,009,536.
 
-Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token),
+A score, such as a listener's reward, may be a further input (Kim et al., "Improving Text-to-Music Generation with
+Human Preference Rewards", III-B; its code is not published, so all but the five names is our reading): see `ScoreEmbed`.
+
+Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token), M blocks,
 N = S+1+L tokens in all, D width, H heads, A width of a head, T width of the text encoder.
 """
 import math
@@ -27,7 +30,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, load_exactly, load_tensors, read_json, save_tensors, write_json
+from blocks import (AdaLN, DoubleBlock, DurationEmbedder, ScoreEmbed, SingleBlock, TimeTextEmbed, modulate,
+                    rope_tables)
+from common import UserError, load_exactly, load_tensors, read_json, save_tensors, warn, write_json
 from text import check_finite, fetch, load_text, null_tokens, refuse_pickles
 
 PRESETS = {
@@ -42,6 +47,9 @@ PRESETS = {
                       axes_dims_rope=[16, 56, 56], uncondition=False,
                       text_encoder_name="google/flan-t5-large"),
 }
+
+# where a score enters (second paper, Table I); v1 and v2 have the same weights and differ in the forward pass alone
+SCORE_HEADS = {"v1": "GlobalAdaLN", "v2": "InputAdd", "v3": "AudioPrepend", "v4": "PerBlockAdaLN", "v5": "TextPrepend"}
 
 # whole numbers of a config that must be there: name -> (lowest, highest)
 LIMITS = {"num_layers": (0, 1000), "num_single_layers": (0, 1000), "in_channels": (1, 100_000),
@@ -72,226 +80,32 @@ def check_config(config):
                         f"but attention_head_dim is {checked['attention_head_dim']}")
     if not isinstance(checked["text_encoder_name"], str):
         raise UserError(f"config.json: text_encoder_name is {checked['text_encoder_name']!r}, but must be a name")
+    return checked | (check_score(config) if config.get("score_head") else {})
+
+
+def check_score(config):
+    """The keys of a config that has a score head. Raises UserError naming the first bad value."""
+    checked = {name: config.get(name, default) for name, default in (
+        ("score_head", None), ("score_null", "zero"), ("score_mean", 0.0), ("score_std", 1.0))}
+    for name, allowed in (("score_head", tuple(SCORE_HEADS)), ("score_null", ("zero", "scalar"))):
+        if checked[name] not in allowed:
+            raise UserError(f"config.json: {name} is {checked[name]!r}, but must be one of {', '.join(allowed)}")
+    for name in ("score_mean", "score_std"):
+        value = checked[name]
+        if type(value) not in (int, float) or not math.isfinite(value) or (name == "score_std" and value <= 0):
+            raise UserError(f"config.json: {name} is {value!r}, but must be a number, and a deviation above 0")
     return checked
-
-
-# ----------------------------------------------------------------------------- embeddings
-
-def timestep_sinusoid(t, width=256):
-    """t (B,) in [0, 1] -> (B, width): cos, then sin, of 1000 t at geometric frequencies.
-
-    As diffusers' get_timestep_embedding with flip_sin_to_cos. Float32 always: 1000 t has no room in 16 bits.
-    """
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = (1000 * t.float())[:, None] * frequencies                                          # (B, width/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def rope_tables(text_tokens, frames, axes, device):
-    """cos and signed sin, each (N, A) float32, for `apply_rope`; theta 10000.
-
-    Text and duration stand at position 0, audio frame i at position i on every axis (official code).
-    Angles in float64 as in diffusers' FluxPosEmbed (mps has none).
-    """
-    wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    steps = torch.cat([torch.arange(0, width, 2, dtype=wide, device=device) / width for width in axes])
-    positions = torch.cat([torch.zeros(text_tokens, dtype=wide, device=device),
-                           torch.arange(frames, dtype=wide, device=device)])
-    angles = torch.outer(positions, 10000.0 ** -steps)                                          # (N, A/2)
-    cos, sin = angles.cos().float(), angles.sin().float()
-    return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], dim=-1).flatten(-2)           # (N, A)
-
-
-def apply_rope(x, cos, sin):
-    """Rotate adjacent pairs of x (B, H, N, A) by the tables (N, A): (a, b) -> (a cos - b sin, b cos + a sin)."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                                     # (B, H, N, A)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
-
-
-class MLPEmbedder(nn.Module):
-    """Linear, SiLU, Linear."""
-
-    def __init__(self, width_in, width):
-        super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class TimeTextEmbed(nn.Module):
-    """The global condition of adaLN: time + pooled text. A further global signal (a score) would be added here."""
-
-    def __init__(self, text_width, width):
-        super().__init__()
-        self.timestep_embedder = MLPEmbedder(256, width)
-        self.text_embedder = MLPEmbedder(text_width, width)
-
-    def forward(self, t, pooled):
-        time = self.timestep_embedder(timestep_sinusoid(t).to(pooled.dtype))
-        return time + self.text_embedder(pooled)                                                # (B, D)
-
-
-class LearnedFourier(nn.Module):
-    """x (B, 1) -> (B, 257): x, sin(2 pi x w), cos(2 pi x w) with 128 learned w."""
-
-    def __init__(self):
-        super().__init__()
-        self.weights = nn.Parameter(torch.randn(128))
-
-    def forward(self, x):
-        angles = 2 * math.pi * x.float() * self.weights.float()
-        return torch.cat([x.float(), angles.sin(), angles.cos()], dim=-1).to(self.weights.dtype)
-
-
-class DurationEmbedder(nn.Module):
-    """Seconds (B,) -> one token (B, 1, T), paper 2.2 (from Stable Audio Open). Clamped to [0, max_duration]."""
-
-    def __init__(self, text_width, max_duration):
-        super().__init__()
-        self.max_duration = max_duration
-        self.time_positional_embedding = nn.Sequential(LearnedFourier(), nn.Linear(257, text_width))
-
-    def forward(self, duration):
-        fraction = duration.float().clamp(0, self.max_duration) / self.max_duration             # (B,)
-        return self.time_positional_embedding(fraction[:, None])[:, None]                       # (B, 1, T)
-
-
-# ----------------------------------------------------------------------------- blocks
-
-class AdaLN(nn.Module):
-    """temb (B, D) -> `chunks` modulations, each (B, 1, D). Takes SiLU(temb), which is the same for every block."""
-
-    def __init__(self, width, chunks):
-        super().__init__()
-        self.chunks = chunks
-        self.linear = nn.Linear(width, chunks * width)
-
-    def forward(self, silu_temb):
-        return self.linear(silu_temb)[:, None].chunk(self.chunks, dim=-1)
-
-
-def modulate(x, shift, scale):
-    """LayerNorm without affine, eps 1e-6, then scale and shift: x (B, N, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU (tanh), Linear; 4x wide. The list mirrors diffusers' names net.0.proj and net.2."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.ModuleList([nn.Module(), nn.Identity(), nn.Linear(4 * width, width)])
-        self.net[0].proj = nn.Linear(width, 4 * width)
-
-    def forward(self, x):
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
-
-
-class HeadNorm(nn.Module):
-    """RMS norm over a head's A channels, eps 1e-6, in its input's dtype (a float32 weight slows autocast)."""
-
-    def __init__(self, head_width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_width))
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)
-
-
-def attention(q, k, v, visible):
-    """softmax(q k^T / sqrt(A)) v for (B, H, N, A); `visible` (B, 1, 1, N) bool hides keys, None shows all."""
-    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    # the same written out: in 16 bits on a CPU the backward pass of the fused kernel is four times slower
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                                    # (B, H, N, N)
-    if visible is not None:
-        scores = scores + torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
-class Attention(nn.Module):
-    """Joint attention over text and audio. A double block (joint=True) has separate projections for the text."""
-
-    def __init__(self, heads, head_width, joint):
-        super().__init__()
-        self.heads, width = heads, heads * head_width
-        self.norm_q, self.norm_k = HeadNorm(head_width), HeadNorm(head_width)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        if joint:
-            self.to_out = nn.ModuleList([nn.Linear(width, width)])
-            self.norm_added_q, self.norm_added_k = HeadNorm(head_width), HeadNorm(head_width)
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
-            self.to_add_out = nn.Linear(width, width)
-
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                                # (B, H, N, A)
-
-    def project(self, x):
-        """q, k, v of the audio, or of all tokens in a single block; q and k are normalised per head."""
-        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
-        return self.norm_q(q), self.norm_k(k), v
-
-    def project_text(self, x):
-        q, k, v = self.split(self.add_q_proj(x)), self.split(self.add_k_proj(x)), self.split(self.add_v_proj(x))
-        return self.norm_added_q(q), self.norm_added_k(k), v
-
-    def attend(self, q, k, v, rope, visible):
-        """Rotate q and k, attend, join the heads: (B, H, N, A) -> (B, N, D)."""
-        q, k = apply_rope(q, *rope).to(v.dtype), apply_rope(k, *rope).to(v.dtype)
-        return attention(q, k, v, visible).transpose(1, 2).flatten(2)                           # (B, N, D)
-
-
-class DoubleBlock(nn.Module):
-    """MMDiT: text and audio have their own weights and meet in attention only."""
-
-    def __init__(self, heads, head_width):
-        super().__init__()
-        width = heads * head_width
-        self.norm1, self.norm1_context = AdaLN(width, 6), AdaLN(width, 6)
-        self.attn = Attention(heads, head_width, joint=True)
-        self.ff, self.ff_context = FeedForward(width), FeedForward(width)
-
-    def forward(self, text, audio, silu_temb, rope, visible):
-        # six modulations each, in the official order: shift, scale, gate of attention, then of the MLP
-        shift, scale, gate, *mlp = self.norm1(silu_temb)
-        text_shift, text_scale, text_gate, *text_mlp = self.norm1_context(silu_temb)
-        qkv_text = self.attn.project_text(modulate(text, text_shift, text_scale))
-        qkv_audio = self.attn.project(modulate(audio, shift, scale))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(qkv_text, qkv_audio))                 # (B, H, N, A)
-        attended = self.attn.attend(q, k, v, rope, visible)                                     # (B, N, D)
-        attended_text, attended_audio = attended.split([text.shape[1], audio.shape[1]], dim=1)
-        audio = torch.addcmul(audio, gate, self.attn.to_out[0](attended_audio))
-        audio = torch.addcmul(audio, mlp[2], self.ff(modulate(audio, *mlp[:2])))
-        text = torch.addcmul(text, text_gate, self.attn.to_add_out(attended_text))
-        text = torch.addcmul(text, text_mlp[2], self.ff_context(modulate(text, *text_mlp[:2])))
-        return text, audio
-
-
-class SingleBlock(nn.Module):
-    """DiT on text and audio as one sequence; attention and MLP run in parallel and share the output projection."""
-
-    def __init__(self, heads, head_width):
-        super().__init__()
-        width = heads * head_width
-        self.norm = AdaLN(width, 3)
-        self.proj_mlp = nn.Linear(width, 4 * width)
-        self.proj_out = nn.Linear(5 * width, width)
-        self.attn = Attention(heads, head_width, joint=False)
-
-    def forward(self, x, silu_temb, rope, visible):
-        shift, scale, gate = self.norm(silu_temb)
-        h = modulate(x, shift, scale)                                                           # (B, N, D)
-        attended = self.attn.attend(*self.attn.project(h), rope, visible)                       # (B, N, D)
-        hidden = torch.cat([attended, F.gelu(self.proj_mlp(h), approximate="tanh")], dim=-1)    # (B, N, 5D)
-        return torch.addcmul(x, gate, self.proj_out(hidden))
 
 
 # ----------------------------------------------------------------------------- the network
 
 class FluxTransformer(nn.Module):
-    """Velocity of latents (B, L, C) at time t, given text tokens and a pooled text vector."""
+    """Velocity of latents (B, L, C) at time t, given text tokens, a pooled text vector and perhaps a score.
+
+    The score's embedding e_s joins: v1 the global condition of every block's adaLN; v2 every audio latent behind the
+    input projection; v3 the audio, v5 the text, as one more token before it, at position 0, which stays where there is
+    no score; v4 the global condition, with an e_s of its own for each block.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -307,25 +121,49 @@ class FluxTransformer(nn.Module):
             SingleBlock(heads, head_width) for _ in range(config["num_single_layers"]))
         self.norm_out = AdaLN(width, 2)
         self.proj_out = nn.Linear(width, config["in_channels"])
+        self.score_head = config.get("score_head")
+        if self.score_head:
+            self.score_embed = ScoreEmbed(config, width)
 
-    def forward(self, latents, t, text, pooled, text_mask=None):
+    def forward(self, latents, t, text, pooled, text_mask=None, score=None):
         """latents (B, L, C), t (B,) in [0, 1] with 1 = noise, text (B, S, T), pooled (B, T) -> velocity (B, L, C).
 
         `text_mask` (B, S) bool: False tokens are invisible as keys; None: all are visible (the official way).
+        `score` (B,), NaN = none; None: none for all rows. Only a network with a score head takes one.
         """
+        frames = latents.shape[1]
+        temb = self.time_text_embed(t, pooled)                                                  # (B, D)
+        text, audio = self.context_embedder(text), self.x_embedder(latents)                     # (B, S|L, D)
+        if self.score_head:
+            embedded = self.score_embed(null_score(latents) if score is None else score.to(latents.device))
+            if self.score_head == "v1":
+                temb = temb + embedded
+            elif self.score_head == "v2":
+                audio = audio + embedded[:, None]
+            elif self.score_head == "v3":
+                audio = torch.cat([embedded[:, None].to(audio.dtype), audio], dim=1)            # (B, 1+L, D)
+            elif self.score_head == "v4":
+                temb = temb[:, None] + embedded                                                 # (B, M+1, D)
+            else:
+                text = torch.cat([embedded[:, None].to(text.dtype), text], dim=1)               # (B, 1+S, D)
+                text_mask = None if text_mask is None else F.pad(text_mask, (1, 0), value=True)
+        elif score is not None:
+            raise ValueError("this network has no score head")
         visible = None
         if text_mask is not None:
-            visible = F.pad(text_mask, (0, latents.shape[1]), value=True)[:, None, None]        # (B, 1, 1, N)
-        rope = rope_tables(text.shape[1], latents.shape[1], self.axes, latents.device)
-        silu_temb = F.silu(self.time_text_embed(t, pooled))                                     # (B, D)
-        text, audio = self.context_embedder(text), self.x_embedder(latents)                     # (B, S|L, D)
+            visible = F.pad(text_mask, (0, audio.shape[1]), value=True)[:, None, None]          # (B, 1, 1, N)
+        # tokens before the first frame stand at position 0: text, duration, a score's token of v3 and v5
+        rope = rope_tables(text.shape[1] + audio.shape[1] - frames, frames, self.axes, latents.device)
+        silu_temb = F.silu(temb)                                                                # (B, D)
+        count = len(self.transformer_blocks) + len(self.single_transformer_blocks) + 1
+        silu_tembs = iter(silu_temb.unbind(1) if self.score_head == "v4" else [silu_temb] * count)
         for block in self.transformer_blocks:
-            text, audio = block(text, audio, silu_temb, rope, visible)
+            text, audio = block(text, audio, next(silu_tembs), rope, visible)
         x = torch.cat([text, audio], dim=1)                                                     # (B, N, D)
         for block in self.single_transformer_blocks:
-            x = block(x, silu_temb, rope, visible)
-        scale, shift = self.norm_out(silu_temb)                  # in this order, unlike in the blocks
-        return self.proj_out(modulate(x[:, text.shape[1]:], shift, scale))                      # (B, L, C)
+            x = block(x, next(silu_tembs), rope, visible)
+        scale, shift = self.norm_out(next(silu_tembs))           # in this order, unlike in the blocks
+        return self.proj_out(modulate(x[:, -frames:], shift, scale))                            # (B, L, C)
 
 
 class Condition(NamedTuple):
@@ -334,6 +172,7 @@ class Condition(NamedTuple):
     mask: torch.Tensor | None    # (B, S) bool: what the transformer may see; None = all, padding too (official)
     pooled_mask: torch.Tensor    # (B, S) 1 = real token: what the pooled vector averages
     duration: torch.Tensor       # (B,) seconds
+    score: torch.Tensor | None = None    # (B,) NaN = none; None: none for all rows
 
 
 class TangoFlux(nn.Module):
@@ -359,7 +198,33 @@ class TangoFlux(nn.Module):
 
     def velocity(self, latents, t, condition):
         """Noise minus data at x_t: latents (B, L, C) normalised, t (B,), Condition with B rows -> (B, L, C)."""
-        return self.transformer(latents, t, *self.condition_inputs(condition))
+        return self.transformer(latents, t, *self.condition_inputs(condition), condition.score)
+
+
+def with_score_head(flow, head, null="zero", mean=0.0, std=1.0, seed=0):
+    """A TangoFlux with a score head and the weights of `flow` -> (flow, whether its head is a new one).
+
+    The head is new where `flow` has none (e_s = 0: the velocity is that of `flow`, but for the extra token of v3 and
+    v5). v1 and v2 take each other's, strictly, with their mean and deviation, which the arguments then do not change
+    (the paper's cross-loading, IV-B); v2 into v1 is warned of. Raises UserError for other heads.
+    """
+    before = flow.config.get("score_head")
+    if before and before != head and {before, head} != {"v1", "v2"}:
+        raise UserError(f"the model has the score head {before} ({SCORE_HEADS[before]}), whose weights {head} "
+                        f"({SCORE_HEADS[head]}) can't take; only v1 and v2 take each other's")
+    if (before, head) == ("v2", "v1"):
+        warn("weights trained as v2 (InputAdd) run as v1 (GlobalAdaLN): the paper found that this collapses (reward "
+             "-0.50 where v1 -> v2 has +0.01, Table III)")
+    new = {} if before else {"score_null": null, "score_mean": float(mean), "score_std": float(std)}
+    device = next(flow.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        result = TangoFlux({**flow.config, **new, "score_head": head})
+    tensors = flow.state_dict()
+    if not before:
+        tensors = {**{name: tensor for name, tensor in result.state_dict().items() if "score_embed" in name}, **tensors}
+    result.load_state_dict(tensors)                     # strict
+    return result.to(device).train(flow.training), not before
 
 
 def init_weights(flow):
@@ -378,24 +243,32 @@ def init_weights(flow):
         if isinstance(module, AdaLN):
             nn.init.zeros_(module.linear.weight)
     nn.init.zeros_(flow.transformer.proj_out.weight)
+    if flow.transformer.score_head:
+        nn.init.zeros_(flow.transformer.score_embed.linear_2.weight)     # its bias is: e_s = 0 at first
 
 
 # ----------------------------------------------------------------------------- conditions
 
-def encode_prompts(text_encoder, prompts, duration, max_length=None):
-    """Prompts and seconds (B,) -> Condition, each row blind to the other rows' padding."""
+def encode_prompts(text_encoder, prompts, duration, max_length=None, score=None):
+    """Prompts, seconds (B,) and perhaps scores (B,) -> Condition, each row blind to the other rows' padding."""
     ids, mask = text_encoder.tokenize(prompts, max_length)
     hidden = text_encoder.encode(ids, mask)
     mask = mask.to(hidden.device)
-    return Condition(hidden, mask, mask, duration.to(hidden.device))
+    return Condition(hidden, mask, mask, duration.to(hidden.device), None if score is None else score.to(hidden.device))
+
+
+def null_score(like):
+    """The one null of the score, in dropout and in guidance: NaN (B,) for the B rows of `like`; see ScoreEmbed."""
+    return torch.full((len(like),), math.nan, device=like.device)
 
 
 def null_condition(text_encoder, condition):
-    """The unconditional branch of guidance: the null text at each row's own length, the same duration."""
+    """The unconditional branch of guidance: the null text at each row's own length, no score, the same duration."""
     ids, attention, visible = null_tokens(condition.pooled_mask.sum(1), condition.text.shape[1])
     hidden = text_encoder.encode(ids, attention)
     return Condition(hidden, None if condition.mask is None else visible.to(hidden.device),
-                     attention.to(hidden.device), condition.duration)
+                     attention.to(hidden.device), condition.duration,
+                     None if condition.score is None else null_score(condition.score))
 
 
 def replace_rows(condition, rows, other):
@@ -420,7 +293,7 @@ def concat_conditions(first, second):
         extra = size - condition.text.shape[1]
         return Condition(F.pad(condition.text, (0, 0, 0, extra)),
                          None if condition.mask is None else F.pad(condition.mask, (0, extra)),
-                         F.pad(condition.pooled_mask, (0, extra)), condition.duration)
+                         F.pad(condition.pooled_mask, (0, extra)), condition.duration, condition.score)
     return Condition(*(None if a is None else torch.cat([a, b]) for a, b in zip(pad(first), pad(second))))
 
 

@@ -54,7 +54,7 @@ def make_candidates(args, folder, seed, prompts, model):
         if not part.is_file():
             latents = generate(model, [row["prompt"] for row in block], [row["duration"] for row in block], seed,
                                range(start, start + len(block)), args.steps, args.guidance_scale, args.solver,
-                               batch_size=args.generation_batch)
+                               batch_size=args.generation_batch, score=args.score)
             save_tensors(part, {"latents": latents})
     made = [parts / f"{start:07d}.safetensors" for start in starts]        # by name: a kill leaves half-written ones
     latents = torch.cat([load_tensors(part)["latents"] for part in made])

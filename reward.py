@@ -4,6 +4,8 @@
     python reward.py score --audio a.wav --prompt "three beeps" --clap laion/clap-htsat-unfused     # the paper's
     python reward.py train_clap                                          # the one that ranks -> runs/clap_reward
     python reward.py train_clap --seed 1 --width 104 --text_width 144 --out runs/clap_judge      # the one that judges
+    python reward.py train_ranker --votes runs/votes/votes.jsonl         # from votes (second paper) -> runs/ranker
+    python reward.py score_manifest --data runs/scored/clips.jsonl       # its scores as a column -> scored.jsonl
 
 The CLAP that ranks never judges, as in the paper. Where the official code differs, we do this: scores are not
 rounded (its three decimals turn near ties into pairs by position); a prompt whose clips all score the same, or score
@@ -12,6 +14,7 @@ NaN, makes no pair and is counted (it made pairs of a clip with itself); all N s
 Letters: M prompts, N clips of each.
 """
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -148,6 +151,87 @@ def train_clap(args):
     print(f'next: python reward.py score --clap {args.out} --audio FILE --prompt "rain"')
 
 
+def train_ranker(args):
+    """Train the pairwise ranker on votes and report what it is worth on held-out ones."""
+    import ranker as learned
+    from common import check_writable, write_json, write_jsonl
+    for name, low, high in (("epochs", 1, 10000), ("batch_size", 2, 1e6), ("learning_rate", 1e-8, 1),
+                            ("weight_decay", 0, 10), ("dropout", 0, 0.95), ("seed", 0, 2 ** 62)):
+        in_range(f"--{name}", getattr(args, name), low, high)
+    for width in args.widths:
+        in_range("--widths", width, 1, 100000)
+    out = Path(args.out)
+    check_writable([out / "ranker.safetensors", out / "features" / "x"])
+    clips, votes = learned.read_votes(args.votes, args.audio_dir)
+    device = choose_device(args.device)
+    encoders = learned.Encoders(args.clap, args.encoder, device)
+    features = learned.clip_features(encoders, clips, out / "features")
+    parts = learned.split_votes(clips, votes, args.seed)
+    print(f"{len(clips)} clips, features {features.shape[1]} wide; {len(parts[0])} training, {len(parts[1])} validation "
+          f"and {len(parts[2])} test votes, split by prompt")
+    network, log = learned.fit(features, votes, parts, args.widths, args.dropout, args.epochs, args.batch_size,
+                               args.learning_rate, args.weight_decay, args.seed, device)
+    found = learned.report(network, features, votes, parts[2], true_quality(clips, args))
+    learned.save_ranker(out, network, encoders.names, encoders.key())
+    write_json(out / "report.json", found)
+    write_jsonl(out / "log.jsonl", log)
+    import torch
+    with torch.no_grad():
+        utility = network.utility(features.to(device)).cpu().numpy()
+    drawn = learned.draw_calibration(out / "calibration.png", utility, votes, parts[2])
+    print(f"held-out votes: accuracy {found['accuracy']:.3f}" + (
+        f" (ceiling {found['ceiling']:.3f}: what the sources' own noise allows)" if "ceiling" in found else "")
+        + f", expected calibration error {found['calibration error']:.3f}" + (
+        f"; rank correlation with the true quality {found['spearman']:.3f}" if "spearman" in found else ""))
+    print(f"wrote {out}: ranker.safetensors, report.json, log.jsonl{', calibration.png' * drawn}, features/")
+    print(f"next: python reward.py score_manifest --data runs/scored/clips.jsonl --ranker {out}")
+
+
+def true_quality(clips, args):
+    """The clips' quality (N,) from the clips.jsonl beside the votes, or None where it is not known."""
+    path = Path(args.votes).parent / "clips.jsonl"
+    if not path.is_file():
+        return None
+    known = {str(path.parent / row["audio"]): row["quality"] for row in read_jsonl(path) if "quality" in row}
+    found = [known.get(row["audio"]) for row in clips]
+    return None if None in found else np.array(found)
+
+
+def score_manifest(args):
+    """Write a manifest again with a column of scores."""
+    import ranker as learned
+    from common import check_writable, write_jsonl
+    from data import read_manifest, read_table, usable_rows
+    out = Path(args.out) if args.out else Path(args.data).parent / "scored.jsonl"
+    if out.suffix != ".jsonl" or out.resolve() == Path(args.data).resolve():
+        raise UserError(f"--out {out} must be another file than --data, and end in .jsonl")
+    check_writable([out])
+    rows, table = read_manifest(args.data, audio_dir=args.audio_dir), read_table(args.data)
+    plus = {}
+    for name, weight in args.plus or []:
+        try:
+            plus[name] = [float(weight) * float(row[name]) for row in table]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"--plus {name} {weight}: {args.data} has no column {name} of numbers, or {weight} is "
+                            "none") from None
+    usable = {row["audio"] for row in usable_rows(rows)}
+    places = [i for i, row in enumerate(rows) if row["audio"] in usable]
+    judged = learned.Judged(args.ranker, choose_device(args.device))
+    keep = out.parent / f"features_{out.stem}"
+    scores = judged.of(learned.clip_features(judged.encoders, [rows[i] for i in places], keep)).tolist()
+    scored = []
+    for i, score in zip(places, scores):
+        row = {**table[i], "audio": os.path.relpath(rows[i]["audio"], out.parent), "caption": rows[i]["caption"],
+               args.column: score}
+        scored.append(row | {f"{args.column}_plus_{name}": score + values[i] for name, values in plus.items()})
+    write_jsonl(out, scored)
+    low, middle, high = np.percentile(scores, [5, 50, 95])
+    print(f"wrote {out}: {len(scored)} rows with {args.column} (5 %: {low:.2f}, median {middle:.2f}, 95 %: {high:.2f})"
+          + "".join(f" and {args.column}_plus_{name}" for name in plus))
+    print(f"next: python train_fm.py --checkpoint checkpoints/toy/base --data {out} --score_column {args.column} "
+          "--steps 1000 --learning_rate 1e-3 --out runs/score")
+
+
 def check_training_flags(args):
     """UserError for flags of train_clap that are out of range or do not fit each other."""
     limits = {"scenes": (1, 1e7), "val_scenes": (64, 1e6), "scene_seed": (0, 2 ** 62), "degraded": (0, 1),
@@ -208,9 +292,41 @@ def make_parser():
     flag(group, "--hearing_weight", 0.5, "of telling what sounds when, and its strikes, from the audio tower's grid")
     flag(group, "--val_every", 250, "steps between checks on held-out scenes")
     two.set_defaults(run=train_clap)
-    for one_parser in (one, two):
+    three = commands.add_parser("train_ranker", help="train the pairwise ranker on votes",
+                                description="A score per clip from votes A against B (second paper, III-C).")
+    group = three.add_argument_group("what it learns from")
+    flag(group, "--votes", "runs/votes/votes.jsonl", "rows of prompt, a, b, source, preference; python votes.py makes "
+         "them; paper: four sources, 22,000 pairs")
+    flag(group, "--audio_dir", None, "where its sounds are; None: beside the file", str)
+    group = three.add_argument_group("what it hears with")
+    flag(group, "--clap", str(REWARD.relative_to(HERE)), "folder or hub id of a ClapModel; paper: LAION-CLAP-Music")
+    flag(group, "--encoder", str(REWARD.parent.relative_to(HERE)), "folder with the world's second tagger, or an audio "
+         "model of transformers; paper: m-a-p/MERT-v1-330M")
+    group = three.add_argument_group("network and optimizer")
+    group.add_argument("--widths", type=int, nargs="+", default=[1024, 512, 256, 128],
+                       help="of the layers before the last (default, as the paper: 1024 512 256 128)")
+    flag(group, "--dropout", 0.5, "paper: 0.5")
+    flag(group, "--epochs", 20, "the one with the lowest validation loss is kept")
+    flag(group, "--batch_size", 256, "votes")
+    flag(group, "--learning_rate", 1e-3, "peak of AdamW's rate; cosine to zero")
+    flag(group, "--weight_decay", 1e-2, "of AdamW")
+    flag(group, "--seed", 0, "of the split, the weights, order and dropout")
+    flag(group, "--out", "runs/ranker", "where it goes; features found there are used again")
+    three.set_defaults(run=train_ranker)
+    four = commands.add_parser("score_manifest", help="write a column of scores into a manifest",
+                               description="The ranker's score of every clip of a manifest, as a column of a copy.")
+    flag(four, "--data", "runs/scored/clips.jsonl", "manifest of audio and captions")
+    flag(four, "--audio_dir", None, "where its sounds are; None: beside the file", str)
+    flag(four, "--ranker", "runs/ranker", "folder of train_ranker")
+    flag(four, "--out", None, "the copy; None: scored.jsonl beside the manifest", str)
+    flag(four, "--column", "score", "name of the new column")
+    four.add_argument("--plus", nargs=2, action="append", metavar=("COLUMN", "WEIGHT"),
+                      help="a second new column, NAME_plus_COLUMN: the score and WEIGHT times what COLUMN says, a reward "
+                      "that partly tracks something else (paper III-D a: vocals)")
+    four.set_defaults(run=score_manifest)
+    for one_parser in (one, two, three, four):
         flag(one_parser, "--device", "auto", "auto, cuda, mps or cpu")
-    return parser, (one, two)
+    return parser, (one, two, three, four)
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@
     python sample.py --prompt "three beeps" --prompt "wind and a bird" --num_samples 4 --duration 3 --plot
     python sample.py --prompt_file prompts.txt --solver heun --steps 25 --guidance_scale 3.5
     python sample.py --checkpoint declare-lab/TangoFlux --prompt "a dog barks" --steps 50 --guidance_scale 4.5
+    python sample.py --checkpoint runs/score --score 1.5 --prompt "three beeps"      # a model with a score head
 
 x_t = (1-t) x_1 + t x_0 with x_0 noise and x_1 data (Eq. 4); the network gives v = dx/dt = x_0 - x_1, so
 that sampling runs from t = 1 down to 0 and every step is negative. Letters: B batch, L latent frames, C
@@ -22,10 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common import (UserError, check_writable, choose_device, generator, in_range, parse_arguments, run_main,
                     side_by_side, warn)
-from model import Condition, concat_conditions, encode_prompts, load_model, null_condition, take_rows
+from model import (Condition, concat_conditions, encode_prompts, load_model, null_condition, null_score,
+                   take_rows)
 from text import well_formed
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +36,10 @@ BASE = HERE / "checkpoints" / "toy" / "base"
 DEFAULT_CHECKPOINT = HERE / "checkpoints" / "toy" / "aligned"     # chosen once: README, "Align it"
 OFFICIAL = "declare-lab/TangoFlux"
 DEFAULT_PROMPT = "a violin followed by rain"
+# the second paper's submissions (III-E): joint guidance on text and a score beyond those of training
+SUBMISSION = {"score": 5.0, "guidance_scale": 4.0, "steps": 25, "solver": "euler", "lufs": -16.5,
+              "prompt_prefix": "high quality instrumental music, "}
+PROFILES = {"attm_sub1": {**SUBMISSION, "seed": 42}, "attm_sub2": {**SUBMISSION, "seed": 55}}
 
 
 # ----------------------------------------------------------------------------- the algorithm
@@ -71,13 +78,31 @@ def guide(cond, uncond, guidance_scale):
     return uncond + guidance_scale * (cond - uncond)
 
 
-def guided_velocity(flow, condition, null, guidance_scale):
+def guide_two(both, text, neither, guidance_scale, score_scale):
+    """Text and score guided apart: neither + w (text - neither) + w_s (both - text). w = w_s is Eq. 2.
+
+    Equation 2 of the second paper has one w for both together; this is our extension (after Brooks et al. 2023).
+    """
+    return neither + guidance_scale * (text - neither) + score_scale * (both - text)
+
+
+def guided_velocity(flow, condition, null, guidance_scale, score_scale=None):
     """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision.
 
     Both branches are one batch [uncond; cond], in the official order; without `null` (None) there is the
-    conditional one alone.
+    conditional one alone. A condition with a score is guided jointly (second paper, Eq. 2: the null has neither text
+    nor score), or with `score_scale` in three branches [uncond; text alone; text and score].
     """
     dtype = next(flow.parameters()).dtype
+    if score_scale is not None and condition.score is not None and null is not None:
+        text_alone = condition._replace(score=null_score(condition.score))
+        three = concat_conditions(concat_conditions(null, text_alone), condition)              # 3B rows
+
+        def three_branches(x, t):
+            tripled = torch.cat([x, x, x]).to(dtype)                               # (3B, L, C)
+            neither, text, both = flow.velocity(tripled, t.to(x).expand(len(tripled)), three).to(x.dtype).chunk(3)
+            return guide_two(both, text, neither, guidance_scale, score_scale)
+        return three_branches
     if null is None:
         return lambda x, t: flow.velocity(x.to(dtype), t.to(x).expand(len(x)), condition).to(x.dtype)
     both = concat_conditions(null, condition)                                      # 2B rows
@@ -105,20 +130,25 @@ def negative_condition(text, negative_prompt, condition):
     hidden = text.encode(ids, mask)                                                # (B, S, D)
     lengths = condition.pooled_mask.sum(1).to(hidden.device).clamp(min=int(mask[0].sum()))
     visible = torch.arange(size, device=hidden.device) < lengths[:, None]          # (B, S)
-    return Condition(hidden, visible, mask.to(hidden.device), condition.duration)
+    return Condition(hidden, visible, mask.to(hidden.device), condition.duration,
+                     None if condition.score is None else null_score(condition.score))
 
 
 # ----------------------------------------------------------------------------- prompts -> latents -> audio
 
 def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance_scale=3.0, solver="euler",
-             negative_prompt=None, batch_size=16, progress=False):
+             negative_prompt=None, batch_size=16, progress=False, score=None, score_scale=None):
     """Sample one latent per prompt: raw latents (B, L, C), float32 on the CPU.
 
     durations: seconds, one per prompt. indices: the i in the (seed, i) that makes each sample's noise,
     default 0, 1, ... Dropout is off while sampling whatever the mode of the networks, which is put back (a
-    training loop may call this).
+    training loop may call this). score: what a model with a score head is asked for (None: nothing); score_scale: its
+    own guidance (None: that of the text). Raises UserError if there is no head.
     """
     flow, text, codec = model.flow, model.text, model.codec
+    if score is not None and not flow.config.get("score_head"):
+        raise UserError("--score needs a model with a score head, which this one has not: train_fm.py --score_column "
+                        "makes one")
     device = next(flow.parameters()).device
     indices = list(range(len(prompts))) if indices is None else list(indices)
     ts = schedule(steps).to(device)
@@ -133,7 +163,8 @@ def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance
             rows = slice(start, start + batch_size)
             with torch.inference_mode():
                 seconds = torch.tensor(durations[rows], dtype=torch.float32, device=device)
-                condition = encode_prompts(text, prompts[rows], seconds)
+                scores = None if score is None else torch.full((len(seconds),), float(score), device=device)
+                condition = encode_prompts(text, prompts[rows], seconds, score=scores)
                 if guidance_scale == 1:
                     null = None
                 elif negative_prompt:
@@ -145,7 +176,7 @@ def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance
             @torch.inference_mode()
             def solve(piece):
                 velocity_fn = guided_velocity(flow, take_rows(condition, piece), null and take_rows(null, piece),
-                                              guidance_scale)
+                                              guidance_scale, score_scale)
                 if bar is not None:
                     velocity_fn = counted(velocity_fn, bar)
                 return codec.denormalise(SOLVERS[solver](velocity_fn, noise[piece], ts)).float().cpu()
@@ -191,7 +222,6 @@ def progress_bar(wanted, total, what):
     """A tqdm bar, or None where none is wanted."""
     if not wanted:
         return None
-    from tqdm import tqdm
     return tqdm(total=total, desc=what, leave=False)
 
 
@@ -292,6 +322,19 @@ def make_parser():
                        help="the first sample is made from (seed, I), the next from (seed, I + 1), ... (default 0; "
                             "the index in a scores.jsonl makes that clip again)")
     add_sampling_flags(parser)
+    group = parser.add_argument_group("score (second paper, III-B and III-E)")
+    group.add_argument("--score", type=float, help="what a model with a score head is asked for, in the units of its "
+                       "training scores (default: nothing; second paper: 5.0)")
+    group.add_argument("--score_scale", type=float, help="guidance of the score apart from the text's, 1 is none "
+                       "(default: the same as the text's, as Eq. 2 of the second paper)")
+    group.add_argument("--prompt_prefix", default="", help='put before every prompt (default: none; second paper: '
+                       '"high quality instrumental music, ")')
+    group.add_argument("--profile", choices=list(PROFILES), help="all settings of a submission of the second paper, "
+                       "but for Demucs; flags given beside it win")
+    group.add_argument("--lufs", type=float, help="normalise loudness to so many LUFS (needs pyloudnorm; default: not; "
+                       "second paper: -16.5)")
+    group.add_argument("--true_peak", type=float, default=-1.0, metavar="DB", help="ceiling of --lufs, which limits its "
+                       "gain (default -1 dB; second paper: -1)")
     group = parser.add_argument_group("where")
     group.add_argument("--output", default="out", help="a .wav file, or a folder (default out)")
     group.add_argument("--plot", action="store_true", help="a spectrogram picture beside each WAV (needs matplotlib)")
@@ -326,8 +369,9 @@ def add_model_flags(parser, batch_size=16, checkpoint=DEFAULT_CHECKPOINT):
 def check_sampling_flags(args):
     """Raise UserError if a sampling flag that `args` has is out of range (NaN is out of every range)."""
     for name, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 50), ("seed", 0, 2 ** 63),
-                            ("batch_size", 1, 4096)):
-        if hasattr(args, name):
+                            ("batch_size", 1, 4096), ("score", -1e6, 1e6), ("score_scale", 0, 50), ("lufs", -70, 0),
+                            ("true_peak", -60, 0)):
+        if getattr(args, name, None) is not None:
             in_range(f"--{name}", getattr(args, name), low, high)
 
 
@@ -363,13 +407,38 @@ def choose_best(clap, audios, prompts, sampling_rate, args):
     return [audios[row * args.best_of + choice] for row, choice in enumerate(best)]
 
 
+def parse_args(argv=None):
+    """The flags; those of --profile are defaults, which flags on the command line override."""
+    parser = make_parser()
+    profile = parse_arguments(parser, argv).profile
+    parser.set_defaults(**PROFILES.get(profile, {}))
+    return parse_arguments(parser, argv)
+
+
+def post_processed(audios, rate, args):
+    """Audio at --lufs, each clip limited by --true_peak; says how many were (second paper, III-E b)."""
+    from loudness import normalise
+    levelled = [normalise(audio, rate, args.lufs, args.true_peak) for audio in tqdm(audios, desc="loudness", delay=2)]
+    limited = [i for i, (_, _, reached) in enumerate(levelled) if abs(reached - args.lufs) > 0.1]
+    if limited:
+        reached = ", ".join(f"{levelled[i][2]:.1f}" for i in limited[:8]) + ", ..." * (len(limited) > 8)
+        print(f"{len(limited)} of {len(audios)} clips stay below {args.lufs:g} LUFS, for their peaks reach "
+              f"{args.true_peak:g} dB or they are silent: {reached}")
+    return [audio for audio, _, _ in levelled]
+
+
 def main(argv=None):
     """Prompts in, WAV files out."""
-    args = parse_arguments(make_parser(), argv)
+    args = parse_args(argv)
     check_sampling_flags(args)
+    if args.lufs is not None:
+        from loudness import need_pyloudnorm
+        need_pyloudnorm()
     in_range("--num_samples", args.num_samples, 1, 100000)
     in_range("--best_of", args.best_of, 1, 100000)
     in_range("--first_index", args.first_index, 0, 2 ** 62)
+    if args.score_scale is not None and (args.score is None or args.guidance_scale == 1):
+        raise UserError("--score_scale would have no effect without --score and a --guidance_scale other than 1")
     if args.reward and args.best_of == 1:
         raise UserError("--reward would have no effect without --best_of N, N above 1")
     rows = [{"prompt": prompt, "duration": None} for prompt in args.prompt or []]
@@ -378,7 +447,7 @@ def main(argv=None):
     if any(not row["prompt"].strip() for row in rows):
         warn("an empty prompt asks for any sound at all")
     rows = [row for row in rows for _ in range(args.num_samples)]
-    prompts = [well_formed(row["prompt"]) for row in rows]
+    prompts = [well_formed(args.prompt_prefix + row["prompt"]) for row in rows]
     paths = output_paths(args.output, prompts)
     if args.negative_prompt and args.guidance_scale == 1:
         warn("--negative_prompt has no effect at --guidance_scale 1, which is no guidance")
@@ -392,6 +461,9 @@ def main(argv=None):
 
     clap = load_reward(args) if args.best_of > 1 else None
     model = load_for_sampling(args)
+    if args.score is not None and not model.flow.config.get("score_head"):
+        raise UserError(f"--score needs a model with a score head, and {args.checkpoint} has none: python train_fm.py "
+                        "--score_column makes one")
     max_duration = model.flow.config["max_duration"]
     fallback = default_duration(max_duration) if args.duration is None else args.duration
     durations = [check_duration("duration", fallback if row["duration"] is None else row["duration"], max_duration)
@@ -400,11 +472,14 @@ def main(argv=None):
     every, seconds = ([value for value in values for _ in range(args.best_of)] for values in (prompts, durations))
     indices = range(args.first_index, args.first_index + len(every))
     latents = generate(model, every, seconds, args.seed, indices, args.steps, args.guidance_scale, args.solver,
-                       args.negative_prompt, args.batch_size, progress=True)
+                       args.negative_prompt, args.batch_size, progress=True, score=args.score,
+                       score_scale=args.score_scale)
     audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size)
     if args.best_of > 1:
         audios = choose_best(clap, audios, every, model.codec.sampling_rate, args)
 
+    if args.lufs is not None:
+        audios = post_processed(audios, model.codec.sampling_rate, args)
     from audio import save_spectrogram, write_wav
     for path, audio, prompt in zip(paths, audios, prompts):
         write_wav(path, audio, model.codec.sampling_rate)

@@ -6,6 +6,8 @@
     torchrun --nproc_per_node 5 train_fm.py --preset tangoflux --codec FOLDER \\
         --text_encoder google/flan-t5-large --data wavcaps.jsonl --epochs 80 --batch_size 16 \\
         --learning_rate 5e-4 --warmup_steps 2000 --t_mean 0                              # the paper's
+    python train_fm.py --checkpoint checkpoints/toy/base --data runs/scored/scored.jsonl --score_column score \\
+        --steps 1000 --learning_rate 1e-3 --sigma_rel 0.05 0.1 --out runs/score      # a score as a further input
 
 The run's folder is a model folder, which sample.py and all other scripts load: its tangoflux.safetensors (and
 its text_encoder, if trained) hold the AVERAGED weights unless --save_weights raw. ema.safetensors holds the
@@ -25,6 +27,10 @@ Where paper and official code differ, we do this:
   - t is continuous (official: on a grid of 1/1000: --t_grid 1000); text padding is hidden from attention;
   - weight decay spares biases, gains, frequencies; gradients are clipped, weights averaged (official: none).
 
+With --score_column the flow also learns what scores mean (second paper, III-B, III-D b). A row that loses its text
+loses its score as well, for the null of joint guidance (Eq. 2) has neither; of the others --score_dropout lose it.
+--experts mixes clips in that expert_iteration.py kept (III-D c).
+
 B batch, L latent frames, C latent channels, S text tokens, D text width.
 """
 import argparse
@@ -37,10 +43,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import averages
 from cache import (TRAIN_SCENES, VAL_SCENES, WORLD_FLAGS, add_world_flags, default_folder, gather, manifest_cache,
-                   prepare, world_cache, world_mix)
+                   prepare, with_experts, world_cache, world_mix)
 from common import (UserError, append_jsonl, check_writable, derive_seed, generator, in_range, parse_arguments,
                     run_main, warn)
+from model import SCORE_HEADS, null_score
 from training import (average_decay, choose_dtype, draw_log, export, linear_decay, load_state, log_line,
                       make_optimizer, mean_over_ranks, save_state, set_rate, start_ranks, trainable, trim_log,
                       update_average, wait_for_ranks, weights_replaced)
@@ -50,7 +58,8 @@ VAL_BINS = 5               # validation loss is also logged per fifth of t
 # flags that decide what the weights become: a run is resumed only if they are the same
 DECISIVE = ("checkpoint", "preset", "text_encoder", "train_text", "reading_steps", "max_text_length", "seed",
             "batch_size", "learning_rate", "muon", "beta1", "beta2", "weight_decay", "clip", "ema", "dtype",
-            "dropout", "null", "t_mean", "t_std", "t_grid")
+            "dropout", "null", "t_mean", "t_std", "t_grid", "decay", "score_column", "score_head", "score_null",
+            "score_dropout", "oversample", "experts_only", "sigma_rel")
 RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 0, 10),
           ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999), ("beta2", 0, 0.99999), ("weight_decay", 0, 10),
           ("muon", 0, 1e4), ("clip", 0, 1e9), ("ema", 0, 1), ("dropout", 0, 1), ("t_mean", -20, 20),
@@ -58,7 +67,7 @@ RANGES = (("steps", 1, 1e9), ("epochs", 1e-9, 1e9), ("batch_size", 1, 1e6), ("le
           ("validation_fraction", 0, 0.99), ("max_minutes", 0, math.inf), ("save_every", 1, 1e9),
           ("log_every", 1, 1e9), ("val_every", 1, 1e9),
           ("val_clips", 1, 1e6), ("max_text_length", 2, 100000), ("reading_steps", 0, 1e9), ("workers", 0, 256),
-          ("seed", 0, 2 ** 63))
+          ("score_dropout", 0, 1), ("oversample", 1, 1e6), ("snapshot_every", 1, 1e9), ("seed", 0, 2 ** 63))
 
 # ============================================================================= the algorithm
 
@@ -102,6 +111,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor              # (B, S) bool, real tokens
     duration: torch.Tensor          # (B,) seconds
     dropped: torch.Tensor           # (B,) bool, rows that lose their condition
+    score: torch.Tensor | None = None   # (B,) NaN = none, or lost; None: a flow without scores
 
 
 def text_condition(encoder, batch, null):
@@ -120,13 +130,13 @@ def text_condition(encoder, batch, null):
             null_hidden = encoder.encode(null_ids[longest], null_mask[longest])             # (1, S, D)
         null_hidden = null_hidden.to(batch.hidden.dtype)
         hidden = torch.where(dropped[..., None], null_hidden, batch.hidden)                 # (B, S, D)
-    return Condition(hidden, visible, pooled_mask, batch.duration)
+    return Condition(hidden, visible, pooled_mask, batch.duration, batch.score)
 
 
 def zeroed_velocity(flow, latents, t, condition, dropped):
     """The official dropout: text AND duration token of dropped rows are zero, the pooled text is kept."""
     text, pooled, mask = flow.condition_inputs(condition)       # (B, S+1, D), (B, D), (B, S+1)
-    return flow.transformer(latents, t, text * ~dropped[:, None, None], pooled, mask)
+    return flow.transformer(latents, t, text * ~dropped[:, None, None], pooled, mask, condition.score)
 
 
 def batch_loss(flow, encoder, batch, null="empty_prompt"):
@@ -150,18 +160,23 @@ def epoch_order(seed, epoch, count):
 
 
 def collate(data, codec, chosen, draws):
-    """Rows `chosen` of the cache and their `draws` (posterior noise, x0, t, dropped) -> Batch on the device.
+    """Rows `chosen` of the cache and their `draws` (posterior noise, x0, t, dropped, score dropped) -> Batch.
 
-    The latent is a sample of the codec's posterior, normalised.
+    The latent is a sample of the codec's posterior, normalised; all tensors are on the codec's device.
     """
     mean, std, ids, hidden, mask, duration = gather(data, chosen)
-    eps, x0, t, dropped = (torch.stack(column) for column in zip(*draws))
-    tensors = (mean + std * eps, x0, t, ids, hidden, mask, duration, dropped)
+    eps, x0, t, dropped, unscored = (torch.stack(column) for column in zip(*draws))
+    score = None
+    if data.scores is not None:
+        scores = data.scores[chosen]                                              # (B,)
+        score = torch.where(dropped | unscored, null_score(scores), scores)
+    tensors = (mean + std * eps, x0, t, ids, hidden, mask, duration, dropped, score)
     batch = Batch(*(None if tensor is None else tensor.to(codec.latent_mean.device) for tensor in tensors))
     return batch._replace(x1=codec.normalise(batch.x1))
 
 
-def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_std=1.0, t_grid=None):
+def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_std=1.0, t_grid=None,
+                   score_dropout=0.0):
     """Examples first .. first + count - 1 of endless shuffled epochs; each depends on (seed, i) only."""
     shape, n, chosen, draws = data.cache.mean.shape[1:], len(data.rows), [], []
     for position in range(first, first + count):
@@ -169,7 +184,7 @@ def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_s
         chosen.append(data.rows[epoch_order(seed, position // n, n)[position % n]])
         draws.append((torch.randn(shape, generator=rng), torch.randn(shape, generator=rng),
                       logit_normal_t(1, rng, t_mean, t_std, t_grid)[0],
-                      torch.rand((), generator=rng) < dropout))
+                      torch.rand((), generator=rng) < dropout, torch.rand((), generator=rng) < score_dropout))
     return collate(data, codec, np.array(chosen), draws)
 
 
@@ -187,7 +202,7 @@ def validation_batches(data, codec, count, size=64):
         for index in range(first, min(first + size, count)):
             rng, shape = generator("validation", index), data.cache.mean.shape[1:]
             draws.append((torch.randn(shape, generator=rng), torch.randn(shape, generator=rng), ts[index],
-                          torch.tensor(False)))
+                          torch.tensor(False), torch.tensor(False)))
         yield collate(data, codec, data.rows[first:first + size], draws)
 
 
@@ -246,14 +261,46 @@ def load_data(args, codec, encoder, cached_text, max_duration):
         held = world_cache(folder, codec, "val", args.val_scenes, **rest)
         return ready(train, train.kept), ready(held, held.kept)
     from data import manifest_rows, split_rows
-    cache = manifest_cache(folder, codec, args.data, manifest_rows(args), samples, args.crop, args.workers)
+    rows = manifest_rows(args)
+    cache = manifest_cache(folder, codec, args.data, rows, samples, args.crop, args.workers)
     kept = [cache.rows[i] for i in cache.kept]
     held = {row["audio"] for row in split_rows(kept, args.validation_fraction)[1]}
     chosen = np.array([row["audio"] in held for row in kept])
     if not held:
         warn(f"{args.data} leaves nothing to validate on: the validation loss is that of training clips")
-    data = ready(cache, cache.kept[~chosen])
-    return data, data._replace(rows=cache.kept[chosen]) if held else data
+    training, held_out, count = cache.kept[~chosen], cache.kept[chosen], len(cache.rows)
+    scores = scores_of(rows, args) if args.score_column else []
+    if args.experts:
+        cache = with_experts(cache, args.experts)
+        experts = np.arange(count, len(cache.rows))
+        training = experts if args.experts_only else np.concatenate([training, *[experts] * args.oversample])
+        scores += [row["score"] for row in cache.rows[count:]]
+    data = ready(cache, training)._replace(scores=torch.tensor(scores) if args.score_column else None)
+    return data, data._replace(rows=held_out) if held else data
+
+
+def scores_of(rows, args):
+    """The scores of a manifest's rows as floats, NaN where a cell is empty. Raises UserError if they say nothing."""
+    scores = [math.nan if row["score"] is None else row["score"] for row in rows]
+    known = [score for score in scores if not math.isnan(score)]
+    if not known or min(known) == max(known):
+        raise UserError(f"{args.data}: column {args.score_column} " + (
+            f"is {known[0]:g} in every row" if known else "is empty") + "; a flow learns nothing from it, name another "
+            "with --score_column")
+    if len(known) < len(scores):
+        warn(f"{len(scores) - len(known)} of {len(scores)} rows have no {args.score_column}: they teach the null")
+    return scores
+
+
+def scored_flow(flow, data, args):
+    """`flow` with the score head that --score_column asks for: its own, another's (v1, v2) or a new one."""
+    if not args.score_column:
+        return flow
+    from model import with_score_head
+    known = data.scores[data.rows]
+    known = known[~known.isnan()]
+    head = args.score_head or flow.config.get("score_head") or "v1"
+    return with_score_head(flow, head, args.score_null, known.mean().item(), known.std().item(), args.seed)[0]
 
 
 def train(args):
@@ -270,7 +317,8 @@ def train(args):
         wait_for_ranks(ranks)                   # the first process makes text encoder and caches, the others open them
     flow, codec, encoder, frozen = load_parts(args, device, say)
     cached_text = frozen and bool(args.checkpoint or args.text_encoder)     # a cache holds one encoder's, no new one's
-    data, held = load_data(args, codec, encoder, cached_text, flow.config["max_duration"])
+    data, held = load_data(args, codec, encoder, cached_text and not args.experts, flow.config["max_duration"])
+    flow = scored_flow(flow, data, args)
     if rank == 0:
         wait_for_ranks(ranks)
     flow.train()
@@ -279,19 +327,22 @@ def train(args):
     named = trainable(flow, None if frozen else encoder)
     optimizer = make_optimizer(named, (args.beta1, args.beta2), args.weight_decay, args.muon)
     average = {name: parameter.detach().clone() for name, parameter in named.items()}
+    powers = {str(width): {name: p.detach().clone() for name, p in named.items()} for width in args.sigma_rel or []}
+    kept = average | {f"{width} {name}": tensor for width, each in powers.items() for name, tensor in each.items()}
+    exported = next(iter(powers.values())) if args.save_weights == "power" else average
     steps = math.ceil(args.epochs * len(data.rows) / (args.batch_size * ranks)) if args.epochs else args.steps
     warmup = args.warmup_steps if args.warmup_steps is not None else max(1, min(300, steps // 10))
     settings = {**{name: getattr(args, name) for name in DECISIVE}, "steps": steps, "warmup_steps": warmup,
                 "processes": ranks, "latents": data.cache.key, "training clips": len(data.rows),
                 "text frozen": frozen}
-    step, earlier = load_state(out, named, optimizer, average, settings)
+    step, earlier = load_state(out, named, optimizer, kept, settings)
     save = functools.partial(save_model, out, flow=flow, text=None if frozen else encoder,
                              extra={"training": {**vars(args), **settings}})
     if rank == 0:
         save_model(out, codec=codec, text=encoder if frozen else None)
         trim_log(out, step or -1)             # a new run writes its own row of step 0
         if step:
-            export(out, save, named, average, args.save_weights)      # a kill may have come between two files
+            export(out, save, named, exported, args.save_weights)     # a kill may have come between two files
     say(f"{len(data.rows)} training and {len(held.rows)} validation clips, text encoder "
         f"{'frozen' if frozen else 'trained'}, {sum(p.numel() for p in named.values()):,} parameters; "
         + (f"going on at step {step} of {steps}" if step else f"{steps} steps"))
@@ -309,11 +360,11 @@ def train(args):
         say(f"before step 1: validation loss {row['val_loss']:.4f}", flush=True)
     losses, mark, late = [], time.monotonic(), torch.zeros(1, device=device)
     while step < steps and not late:
-        rate = linear_decay(step, args.learning_rate, warmup, steps)
+        rate = linear_decay(step, args.learning_rate, warmup, steps, args.decay)
         set_rate(optimizer, rate)
         first = (step * ranks + rank) * args.batch_size
         batch = training_batch(data, codec, args.seed, first, args.batch_size, args.dropout, args.t_mean,
-                               args.t_std, args.t_grid)
+                               args.t_std, args.t_grid, args.score_dropout)
         with autocast():
             loss, _ = batch_loss(flow, encoder, batch, args.null)
         optimizer.zero_grad()
@@ -329,6 +380,7 @@ def train(args):
         optimizer.step()
         update_average(average, named, average_decay(step, args.ema))
         step += 1
+        averages.update(powers, named, step)
         last = step == steps or bool(late)
         if rank == 0 and (last or step % args.log_every == 0 or step % args.val_every == 0):
             row = {"step": step, "loss": float(np.mean(losses)), "lr": rate, "grad_norm": norm,
@@ -338,9 +390,11 @@ def train(args):
             append_jsonl(out / "log.jsonl", row)
             say(log_line(row, steps), flush=True)
             losses, mark = [], time.monotonic()
+        if rank == 0 and (last or step % args.snapshot_every == 0):
+            averages.store(out, powers, step)
         if rank == 0 and (last or step % args.save_every == 0):
-            save_state(out, named, optimizer, average, step, settings, earlier + minutes)
-            export(out, save, named, average, args.save_weights)
+            save_state(out, named, optimizer, kept, step, settings, earlier + minutes)
+            export(out, save, named, exported, args.save_weights)
     return rank, step, steps
 
 
@@ -408,6 +462,23 @@ def parse_args(arguments=None):
     group.add_argument("--null", choices=["empty_prompt", "official_zeros"], default="empty_prompt",
                        help="what dropped examples get: T5(\"\") as in guidance, or the official zeros "
                             "(default: empty_prompt)")
+    group = parser.add_argument_group("scores and experts (second paper, III-B, III-D)")
+    group.add_argument("--score_column", metavar="NAME", help="column of --data that conditions the flow (default: "
+                       "none; second paper: instrumental_reward_score)")
+    group.add_argument("--score_head", choices=list(SCORE_HEADS), help="where the score enters: " + ", ".join(
+        f"{head} {name}" for head, name in SCORE_HEADS.items()) + " (default: that of --checkpoint, else v1; second "
+        "paper: v1, then v2)")
+    group.add_argument("--score_null", choices=["zero", "scalar"], default="zero", help="no score is the zero "
+                       "embedding, or what the head makes of the mean score (default: zero; second paper, Eq. 2: the "
+                       "scalar 0)")
+    group.add_argument("--score_dropout", type=float, default=0.1,
+                       help="share of examples that lose their score and keep their text (default: 0.1; second paper: "
+                            "0.1)")
+    group.add_argument("--experts", metavar="FOLDER", help="a folder of expert_iteration.py, whose kept clips join the "
+                       "training clips of --data (default: none)")
+    group.add_argument("--oversample", type=int, default=5, help="times that an epoch holds each of them (default: 5; "
+                       "second paper: 5)")
+    group.add_argument("--experts_only", action="store_true", help="train on them alone (the second paper's polish)")
     group = parser.add_argument_group("optimizer (paper A.5)")
     group.add_argument("--steps", type=int,
                        help=f"default: {STEPS}; paper: 80 epochs, then 65 on AudioCaps")
@@ -418,6 +489,8 @@ def parse_args(arguments=None):
                        help="peak (default: 2e-3, with --checkpoint 1e-4; paper: 5e-4)")
     group.add_argument("--warmup_steps", type=int,
                        help="then linear decay to 0 (default: 300, at most a tenth; paper: 2000)")
+    group.add_argument("--decay", action=argparse.BooleanOptionalAction, default=True,
+                       help="the rate falls to 0 (default); --no-decay: constant after warm-up, as the second paper")
     group.add_argument("--muon", type=float,
                        help="the blocks' attention and MLP matrices are trained by Muon at this times the learning "
                             "rate; 0: AdamW for everything (default: 10 for a new toy flow, else 0; paper: 0)")
@@ -429,6 +502,10 @@ def parse_args(arguments=None):
                        help="largest gradient norm, 0: any (default: 1; official: any)")
     group.add_argument("--ema", type=float, default=0.999,
                        help="decay of the weight average (default: 0.999; official: none)")
+    group.add_argument("--sigma_rel", nargs="+", type=float, metavar="WIDTH", help="also power-function averages of "
+                       "these widths, see averages.py (default: none; second paper: 0.05 0.1)")
+    group.add_argument("--snapshot_every", type=int, default=250, help="steps between their files in averages/ "
+                       "(default: 250)")
     group = parser.add_argument_group("run")
     group.add_argument("--out",
                        help="a run found there goes on (default: runs/base, with --checkpoint runs/tuned)")
@@ -438,8 +515,9 @@ def parse_args(arguments=None):
                        help="stop after these minutes of this command, saved; the same command goes on "
                             "(default: no limit)")
     group.add_argument("--save_every", type=int, default=250, help="steps (default: 250)")
-    group.add_argument("--save_weights", choices=["ema", "raw"], default="ema",
-                       help="what tangoflux.safetensors holds: averaged or latest weights (default: ema)")
+    group.add_argument("--save_weights", choices=["ema", "raw", "power"], default="ema",
+                       help="what tangoflux.safetensors holds: averaged or latest weights, or the average of the first "
+                            "--sigma_rel (default: ema)")
     group.add_argument("--log_every", type=int, default=10, help="steps (default: 10)")
     group.add_argument("--val_every", type=int, default=250, help="steps (default: 250)")
     group.add_argument("--val_clips", type=int, default=256,
@@ -462,7 +540,10 @@ def parse_args(arguments=None):
     if args.steps and args.epochs:
         raise UserError("--steps would have no effect beside --epochs; leave one out")
     args.steps = args.steps if args.steps is not None or args.epochs else STEPS
-    check_data_flags(args, parser, ("validation_fraction",), WORLD_FLAGS)
+    if args.score_column:
+        args.score_key = args.score_column
+    check_data_flags(args, parser, ("validation_fraction", "score_column", "experts"), WORLD_FLAGS)
+    check_score_flags(args, parser)
     world_mix(args)                             # out of range is told now
     if args.muon is None:
         args.muon = 10.0 if args.preset == "toy" and not args.checkpoint else 0.0
@@ -475,13 +556,29 @@ def parse_args(arguments=None):
     return args
 
 
+def check_score_flags(args, parser):
+    """UserError for flags about scores, experts and averages that do not go together."""
+    idle = [f"--{name}" for name in ("score_head", "score_null", "score_dropout")
+            if getattr(args, name) != parser.get_default(name) and not args.score_column]
+    if idle:
+        raise UserError(f"{' and '.join(idle)} would have no effect without --score_column; name the column")
+    idle = [f"--{name}" for name in ("oversample", "experts_only")
+            if getattr(args, name) != parser.get_default(name) and not args.experts]
+    if idle:
+        raise UserError(f"{' and '.join(idle)} would have no effect without --experts; name the folder")
+    if args.save_weights == "power" and not args.sigma_rel:
+        raise UserError("--save_weights power needs --sigma_rel: the width of the average")
+    for width in args.sigma_rel or []:
+        averages.gamma_of(width)
+
+
 def main():
     args = parse_args()
     rank, step, steps = train(args)
     if rank > 0:
         return
     pictures = ", loss.png" * draw_losses(args.out)
-    which = "averaged" if args.save_weights == "ema" else "latest"
+    which = "latest" if args.save_weights == "raw" else "averaged"
     print(f"wrote {args.out}: tangoflux.safetensors ({which} weights), "
           f"vae.safetensors, text_encoder/, config.json, ema.safetensors, state.pt, log.jsonl"
           f"{', reading.json' * (Path(args.out) / 'reading.json').is_file()}{pictures}")

@@ -18,13 +18,16 @@ from common import UserError, atomic_path, choose_device, read_jsonl, save_tenso
 
 # ----------------------------------------------------------------------------- schedules, optimizer, average
 
-def linear_decay(step, peak, warmup, steps):
+def linear_decay(step, peak, warmup, steps, decay=True):
     """Learning rate of step 0, 1, ...: linear warm-up to `peak` over `warmup` steps, linear decay to 0 at `steps`.
+
+    Without `decay` it stays at its peak (second paper, III-D b).
 
     For the flow. Paper A.5: "a linear learning rate scheduler for 2000 steps", read as its length of warm-up,
     as the official code.
     """
-    return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+    falling = (steps - step) / max(steps - warmup, 1) if decay else 1.0
+    return peak * min((step + 1) / max(warmup, 1), falling, 1.0)
 
 
 def cosine_decay(step, peak, warmup, steps):
@@ -146,8 +149,8 @@ def save_state(out, named, optimizer, average, step, settings, minutes):
 
 
 def export(out, save, named, average, which="ema"):
-    """Write ema.safetensors and, by `save()`, the model folder, with averaged ("ema") or "raw" weights."""
-    with weights_replaced(named, average) if which == "ema" else contextlib.nullcontext():
+    """Write ema.safetensors and, by `save()`, the model folder, with averaged or, `which` "raw", latest weights."""
+    with weights_replaced(named, average) if which != "raw" else contextlib.nullcontext():
         save()
     save_tensors(Path(out) / "ema.safetensors", average)
 

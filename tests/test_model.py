@@ -173,7 +173,7 @@ def test_conditions_are_mixed_and_stacked_by_row(encoder):
     condition = encode_prompts(encoder, ["rain", "three beeps"], torch.tensor([1.0, 2.0]))
     null = null_condition(encoder, condition)
     mixed = replace_rows(condition, torch.tensor([False, True]), null)
-    for field, ours, theirs in zip(mixed, condition, null):
+    for field, ours, theirs in zip(mixed[:4], condition, null):
         assert torch.equal(field[0], ours[0]) and torch.equal(field[1], theirs[1])
     open_rows = replace_rows(condition._replace(mask=None), torch.tensor([True, True]), null._replace(mask=None))
     assert open_rows.mask is None

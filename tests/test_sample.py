@@ -187,7 +187,7 @@ def test_negative_empty_text_is_the_null(model):
     """
     condition = sample.encode_prompts(model.text, PROMPTS[:4], torch.full((4,), 0.5))
     null, empty = sample.null_condition(model.text, condition), sample.negative_condition(model.text, "", condition)
-    for ours, theirs in zip(empty, null):
+    for ours, theirs in zip(empty[:4], null[:4]):
         assert torch.allclose(ours.float(), theirs.float(), atol=1e-6)
 
 
