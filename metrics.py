@@ -9,6 +9,8 @@ A reading (tagger.Reading) has `events`: {name: Heard(onset, offset, probability
     count accuracy         over all events whose prompt counts them; a missing event is wrong
     exact-scene accuracy   all events heard and none besides, order or togetherness right, every asked count right
 """
+import math
+
 import numpy as np
 
 from tagger import before, together
@@ -148,6 +150,24 @@ def paired_bootstrap(statistic, first, second, draws=1000, seed=0, level=0.95):
         gains.append(statistic(*(x[rows] for x in first)) - statistic(*(x[rows] for x in second)))
     tails = 100 * np.array([(1 - level) / 2, (1 + level) / 2])
     return tuple(np.nanpercentile(np.array(gains, dtype=float), tails).tolist())
+
+
+def paired_t(first, second):
+    """Paired t-test of (N,) scores -> (mean difference first - second, t, one-sided p that it is above 0 by chance).
+
+    The tail of Student's distribution is integrated numerically; without any difference p is 0.5.
+    """
+    difference = np.asarray(first, float) - np.asarray(second, float)
+    count, spread = len(difference), difference.std(ddof=1)
+    mean = float(difference.mean())
+    if spread == 0:
+        return mean, float(np.sign(mean)) * np.inf if mean else 0.0, 0.5 if mean == 0 else float(mean < 0)
+    t, freedom = mean / (spread / math.sqrt(count)), count - 1
+    angles = np.linspace(math.atan(abs(t) / math.sqrt(freedom)), math.pi / 2, 20001)   # t = sqrt(freedom) tan(angle)
+    density = np.cos(angles) ** (freedom - 1)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    tail = scale * float(((density[1:] + density[:-1]) / 2 * np.diff(angles)).sum())
+    return mean, float(t), tail if t > 0 else 1 - tail
 
 
 # ----------------------------------------------------------------------------- audio measures

@@ -130,7 +130,7 @@ class Encoders:
 
     def features(self, audios, rate, prompts):
         """A list of (channels, samples) at `rate` and their prompts ("" for none) -> (N, W) float32."""
-        text = self.clap.embed_text([prompt or "sound" for prompt in prompts])
+        text = self.clap.embed_text([prompt or "sound" for prompt in prompts]).clone()
         text[[not prompt for prompt in prompts]] = 0
         return torch.cat([self.clap.embed_audio(audios, rate), self.hear(audios, rate), text], 1)
 
