@@ -20,6 +20,7 @@ Human Preference Rewards", III-B; its code is not published, so all but the five
 Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token), M blocks,
 N = S+1+L tokens in all, D width, H heads, A width of a head, T width of the text encoder.
 """
+import itertools
 import math
 import re
 from pathlib import Path
@@ -143,7 +144,7 @@ class FluxTransformer(nn.Module):
             elif self.score_head == "v3":
                 audio = torch.cat([embedded[:, None].to(audio.dtype), audio], dim=1)            # (B, 1+L, D)
             elif self.score_head == "v4":
-                temb = temb[:, None] + embedded                                                 # (B, M+1, D)
+                temb = [temb + each for each in embedded.unbind(1)]                             # M+1 x (B, D)
             else:
                 text = torch.cat([embedded[:, None].to(text.dtype), text], dim=1)               # (B, 1+S, D)
                 text_mask = None if text_mask is None else F.pad(text_mask, (1, 0), value=True)
@@ -154,9 +155,7 @@ class FluxTransformer(nn.Module):
             visible = F.pad(text_mask, (0, audio.shape[1]), value=True)[:, None, None]          # (B, 1, 1, N)
         # tokens before the first frame stand at position 0: text, duration, a score's token of v3 and v5
         rope = rope_tables(text.shape[1] + audio.shape[1] - frames, frames, self.axes, latents.device)
-        silu_temb = F.silu(temb)                                                                # (B, D)
-        count = len(self.transformer_blocks) + len(self.single_transformer_blocks) + 1
-        silu_tembs = iter(silu_temb.unbind(1) if self.score_head == "v4" else [silu_temb] * count)
+        silu_tembs = map(F.silu, temb) if self.score_head == "v4" else itertools.repeat(F.silu(temb))    # (B, D) each
         for block in self.transformer_blocks:
             text, audio = block(text, audio, next(silu_tembs), rope, visible)
         x = torch.cat([text, audio], dim=1)                                                     # (B, N, D)

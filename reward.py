@@ -306,9 +306,9 @@ def make_parser():
     group.add_argument("--widths", type=int, nargs="+", default=[1024, 512, 256, 128],
                        help="of the layers before the last (default, as the paper: 1024 512 256 128)")
     flag(group, "--dropout", 0.5, "paper: 0.5")
-    flag(group, "--epochs", 20, "the one with the lowest validation loss is kept")
-    flag(group, "--batch_size", 256, "votes")
-    flag(group, "--learning_rate", 1e-3, "peak of AdamW's rate; cosine to zero")
+    flag(group, "--epochs", 8, "the one with the lowest validation loss is kept")
+    flag(group, "--batch_size", 1024, "votes")
+    flag(group, "--learning_rate", 2e-3, "peak of AdamW's rate; cosine to zero")
     flag(group, "--weight_decay", 1e-2, "of AdamW")
     flag(group, "--seed", 0, "of the split, the weights, order and dropout")
     flag(group, "--out", "runs/ranker", "where it goes; features found there are used again")

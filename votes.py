@@ -1,6 +1,6 @@
 """Clips of known quality, and listeners who vote on them: the data behind a learned reward (second paper, III-C).
 
-    python votes.py                                                  # 6,000 clips, 30,000 votes -> runs/votes
+    python votes.py                                                  # 10,000 clips, 200,000 votes -> runs/votes
     python votes.py --votes 0 --scenes 4000 --takes 1 --seed 1 --out runs/scored    # clips alone, to be scored
     python votes.py --votes 0 --scenes 2000 --takes 1 --seed 2 --hum 0.3 --out runs/hum   # some of them hum
 
@@ -150,7 +150,8 @@ def cast_votes(clips, count, seed=0):
         name = names[i % len(names)]
         source = SOURCES[name]
         pool = groups[rng.integers(len(groups))] if source.one_prompt else clips
-        a, b = (pool[k] for k in rng.choice(len(pool), 2, replace=False))
+        first, other = rng.integers(len(pool)), rng.integers(len(pool) - 1)
+        a, b = pool[first], pool[other + (other >= first)]
         for_a, for_b = chances(source, utility(source, a) - utility(source, b))
         draw = rng.random()
         vote = {"prompt": a["caption"], "a": a["audio"], "b": b["audio"], "source": name,
@@ -168,14 +169,14 @@ def parse_args(argv=None):
     def flag(group, name, default, what, **more):
         group.add_argument(name, default=default, type=type(default), help=f"{what} (default: %(default)s)", **more)
     group = parser.add_argument_group("clips")
-    flag(group, "--scenes", 3000, "of the world, each with a prompt of its own")
+    flag(group, "--scenes", 5000, "of the world, each with a prompt of its own")
     flag(group, "--takes", 2, "of each scene, spoilt in different ways")
     flag(group, "--seed", 0, "of scenes, damage and votes; scenes are those of World(seed=5000 + seed)")
     flag(group, "--split", "train", "whose recorded sounds", choices=("train", "val", "test"))
     flag(group, "--hum", 0.0, "share of clips that hum, which changes neither quality nor votes")
     flag(group, "--through_codec", 0.5, "share of clips that go through the codec, as generated ones do")
     group = parser.add_argument_group("votes")
-    flag(group, "--votes", 30000, "0: clips alone; paper: about 22,000 pairs")
+    flag(group, "--votes", 200000, "0: clips alone; paper: about 22,000 pairs")
     group = parser.add_argument_group("where and how")
     flag(group, "--codec", "checkpoints/toy/base", "folder with the codec")
     flag(group, "--out", "runs/votes", "clips/, clips.jsonl, votes.jsonl; a folder begun there is gone on with")

@@ -48,7 +48,7 @@ def relative_error(ours, reference):
 def pytest_collection_modifyitems(items):
     """Mark what compares with an original implementation: `pytest -m original` (CI runs it with nothing skipped)."""
     for item in items:
-        named = any(word in item.name for word in ("diffusers", "scipy", "picture"))
+        named = any(word in item.name for word in ("diffusers", "scipy", "picture", "pyloudnorm"))
         if named or "parity" in getattr(item, "fixturenames", ()):
             item.add_marker("original")
 
