@@ -211,7 +211,7 @@ def optimise(args, folder, policy, rows, tensors, seed, device, autocast):
 
     The reference is a copy of the policy as it came, and stays so. What step i draws follows from (seed, i).
     """
-    model = policy_model(args, policy, device)
+    model = policy_model(args, policy, device, quiet=True)
     reference = policy_model(args, policy, device, ("flow",), quiet=True).flow
     flow, networks = model.flow, (model.flow, reference, model.text)
     reference.requires_grad_(False)
@@ -392,7 +392,8 @@ def run(args):
             raise UserError(f"the run in {out} was started with {name} = {started.get(name)}, now it is "
                             f"{settings[name]}; give the same flags to go on, or another --out")
     policy, folders = args.checkpoint, {"base": args.checkpoint}
-    pool = prompt_pool(args, load_model(policy, parts=("flow",)).flow.config["max_duration"]) if not args.pairs else []
+    flow = policy_model(args, policy, device, ("flow",)).flow
+    pool = prompt_pool(args, flow.config["max_duration"]) if not args.pairs else []
     if not args.pairs and len(pool) < args.prompts:
         raise UserError(f"--prompts {args.prompts} is more than the {len(pool)} prompts of the pool; "
                         "lower it, or give more")
@@ -407,7 +408,7 @@ def run(args):
         folder.mkdir(exist_ok=True)
         source = out / "iteration_1" if args.offline else folder          # offline: the first iteration's pairs
         if not (folder / "report.json").is_file():
-            model = policy_model(args, policy, device, quiet=k > 1)
+            model = policy_model(args, policy, device, quiet=True)
             seed = args.seed * 1000 + k
             if (source / "pairs.safetensors").is_file():
                 pair_rows, tensors = read_jsonl(source / "pairs.jsonl"), load_tensors(source / "pairs.safetensors")

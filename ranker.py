@@ -231,9 +231,10 @@ def split_votes(clips, votes, seed, shares=(0.1, 0.1)):
 def fit(features, votes, parts, widths=WIDTHS, dropout=0.5, epochs=20, batch_size=256, learning_rate=1e-3,
         weight_decay=1e-2, seed=0, device="cpu"):
     """Train a Ranker on features (N, W) and votes -> (ranker in eval mode, log rows). `parts`: split_votes."""
-    training, validation, _ = parts
-    if len(training) < 2 or len(validation) == 0:
-        raise UserError(f"{len(training)} training and {len(validation)} validation votes are too few; give more")
+    training, validation, test = parts
+    if len(training) < 2 or not len(validation) or not (votes["preference"][test] != 0.5).any():
+        raise UserError(f"{len(training)} training, {len(validation)} validation and {len(test)} test votes (split by "
+                        "prompt) are too few; give more")
     a, b = (torch.from_numpy(votes[which]) for which in ("a", "b"))
     preference, features = torch.from_numpy(votes["preference"]).to(device), features.to(device)
     with torch.random.fork_rng(devices=[]):             # initialisation, and dropout, which has no generator

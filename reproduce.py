@@ -45,6 +45,7 @@ from tagger import features, hear, load_tagger, quality
 from vocoder import MEL_16K, LogMel
 from world import SAMPLE_RATE, World
 
+HELD_OUT = 400                  # clips on which the meter of hum is checked
 LEVELS = (-0.5, 0.5, 1.5)       # scores of Table I: delta out is the reward at the last less that at the first
 
 
@@ -430,8 +431,9 @@ def attm_figure2(lab):
         "hypothesis": parts[0], "verdict": verdict, **numbers}, draw
 
 
-def hum_meter(lab, rows, held_out=400):
+def hum_meter(lab, rows):
     """A regression of hum on band statistics, fitted on a manifest's clips -> (function of (N, 720), Spearman held out)."""
+    held_out = HELD_OUT
     from audio import read_audio
     log_mel, folder = LogMel(**MEL_16K), Path(lab.args.hum_data).parent
     found = []

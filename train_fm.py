@@ -297,10 +297,9 @@ def scored_flow(flow, data, args):
     if not args.score_column:
         return flow
     from model import with_score_head
-    known = data.scores[data.rows]
-    known = known[~known.isnan()]
+    known = data.scores[~data.scores.isnan()]
     head = args.score_head or flow.config.get("score_head") or "v1"
-    return with_score_head(flow, head, args.score_null, known.mean().item(), known.std().item(), args.seed)[0]
+    return with_score_head(flow, head, args.score_null, known.mean().item(), known.std(correction=0).item(), args.seed)[0]
 
 
 def train(args):
