@@ -157,7 +157,7 @@ def test_wrong_input_is_one_line(chain, whole, tmp_path):
                        (["--score", "nan"], "--score is nan")):
         with pytest.raises(UserError, match=what):
             run(chain, tmp_path / "out", *more)
-    with pytest.raises(UserError, match="was started with score = 2.0, now it is 1.0"):
+    with pytest.raises(UserError, match="was started with score = 1.5, now it is 1.0"):
         run(chain, whole[0], "--score", "1")
 
 
