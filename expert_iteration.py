@@ -140,7 +140,7 @@ def make_parser():
     group = parser.add_argument_group("sample and keep (second paper, III-D c)")
     flag(group, "--rounds", 1, "default: DEFAULT; paper: 1")
     flag(group, "--samples", 600, "clips of different prompts in a round (default: DEFAULT; paper: about 600)")
-    flag(group, "--score", 1.5, "that they are sampled at (default: DEFAULT, above 95 % of the training scores; paper: 2.0 "
+    flag(group, "--score", 1.5, "that they are sampled at (default: DEFAULT, above 95 %% of the training scores; paper: 2.0 "
          "of at most 2.76)")
     flag(group, "--keep", 0.1, "share of them, or count, that is kept (default: DEFAULT; paper: 64 of about 600)")
     flag(group, "--pool", 20000, "training scenes whose prompts they have (default: DEFAULT)")

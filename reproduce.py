@@ -549,7 +549,7 @@ def make_parser():
             flag(group, "--until", "crpo", "last stage of v1 and v2", choices=("sft", "experts", "crpo"))
         group = command.add_argument_group("measuring")
         flag(group, "--prompts", 100, "test prompts; paper: 100")
-        flag(group, "--score", 1.5, "asked for in stages 2 and 3 and in the tables, above 95 % of the training scores; "
+        flag(group, "--score", 1.5, "asked for in stages 2 and 3 and in the tables, above 95 %% of the training scores; "
              "paper: 2.0, then 5.0")
         if run is attm_figure2:
             group.add_argument("--grid", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
