@@ -481,8 +481,8 @@ def make_parser():
     group = parser.add_argument_group("score (second paper, III-D d)")
     group.add_argument("--score", type=float, help="what a model with a score head is asked for, in candidates, pairs "
                        "and evaluation (default: nothing)")
-    group.add_argument("--score_head", choices=list(SCORE_HEADS), help="run the model's head as this one: v1 and v2 take "
-                       "each other's weights (default: as it is; second paper: v2 from v1)")
+    group.add_argument("--score_head", choices=list(SCORE_HEADS), help="run the model's head as this one: v1 and v2 "
+                       "take each other's weights (default: as it is; second paper: v2 from v1)")
     flag(group, "--score_dropout", 0.1, "share of pairs losing their score (default: DEFAULT; second paper: 0.1)")
     group = parser.add_argument_group("optimizer (paper 3.1, A.5)")
     flag(group, "--epochs", 24, "over the pairs of an iteration (default: DEFAULT; paper: 8)")
@@ -535,7 +535,8 @@ def parse_args(argv=None):
     check_sampling_flags(args)
     for name, low, high in (("iterations", 1, 1000), ("prompts", 1, 1e8), ("num_samples", 1, 10000), ("pool", 1, 1e8),
                             ("beta", 0, 1e9), ("half", 0, 100), ("fm_weight", 0, 1e6), ("t_mean", -20, 20),
-                            ("dropout", 0, 1), ("score_dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("micro_batch", 1, 1e6),
+                            ("dropout", 0, 1), ("score_dropout", 0, 1), ("epochs", 1, 1e6), ("batch_size", 1, 1e6),
+                            ("micro_batch", 1, 1e6),
                             ("learning_rate", 0, 10), ("warmup_steps", 0, 1e9), ("beta1", 0, 0.99999),
                             ("beta2", 0, 0.99999), ("weight_decay", 0, 10), ("clip", 0, 1e9), ("ema", 0, 1),
                             ("generation_batch", 1, 1e6),

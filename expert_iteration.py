@@ -1,12 +1,12 @@
-"""Expert iteration: sample, keep the best decile by reward and CLAP, fine-tune on it, and again (second paper, III-D c).
+"""Expert iteration: sample, keep the best decile by reward and CLAP, fine-tune, and again (second paper, III-D c).
 
-    python expert_iteration.py --checkpoint runs/score --data runs/scored/scored.jsonl       # -> runs/experts/round_1
-    python expert_iteration.py --checkpoint runs/score --data runs/scored/scored.jsonl --rounds 3 --keep 64 --out runs/three
+    python expert_iteration.py                                     # runs/score, runs/ranker -> runs/experts/round_1
+    python expert_iteration.py --checkpoint runs/other --rounds 3 --keep 64 --out runs/three
 
 Each round is a folder: prompts.jsonl, candidates.safetensors, scores.jsonl (the ranker's reward, CLAP's score, and the
 sum of their z-scores), experts.jsonl with experts.safetensors (the kept clips), tuned/ (the model fine-tuned on the
 mixture), and in the folder itself the model after the polish on the kept clips alone, which makes the next round's
-samples. Every stage leaves its file and is skipped where it is found: a killed run goes on and ends with the same files.
+samples. Every stage leaves its file and is skipped where it is found: a killed run goes on and ends the same.
 
 Where the paper is silent: prompts are drawn anew in each round; a kept clip is conditioned on its own reward, as other
 training clips are; its sampled latents are trained on directly; both trainings start from the averaged weights (the
@@ -140,8 +140,8 @@ def make_parser():
     group = parser.add_argument_group("sample and keep (second paper, III-D c)")
     flag(group, "--rounds", 1, "default: DEFAULT; paper: 1")
     flag(group, "--samples", 600, "clips of different prompts in a round (default: DEFAULT; paper: about 600)")
-    flag(group, "--score", 1.5, "that they are sampled at (default: DEFAULT, above 95 %% of the training scores; paper: 2.0 "
-         "of at most 2.76)")
+    flag(group, "--score", 1.5, "that they are sampled at (default: DEFAULT, above 95 %% of the training scores; "
+         "paper: 2.0 of at most 2.76)")
     flag(group, "--keep", 0.1, "share of them, or count, that is kept (default: DEFAULT; paper: 64 of about 600)")
     flag(group, "--pool", 20000, "training scenes whose prompts they have (default: DEFAULT)")
     flag(group, "--prompt_file", None, "the pool instead: .txt or .jsonl (default: none)", str)

@@ -15,7 +15,7 @@ names are kept, the misspelt `duration_emebdder` included, so that official weig
 The paper says 515M parameters; the official layout has 518,009,536.
 
 A score, such as a listener's reward, may be a further input (Kim et al., "Improving Text-to-Music Generation with
-Human Preference Rewards", III-B; its code is not published, so all but the five names is our reading): see `ScoreEmbed`.
+Human Preference Rewards", III-B; its code is not published: all but the five names is our reading): `ScoreEmbed`.
 
 Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token), M blocks,
 N = S+1+L tokens in all, D width, H heads, A width of a head, T width of the text encoder.

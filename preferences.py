@@ -114,7 +114,9 @@ def write_pairs(args, folder, prompts, scores, latents, model):
 
 
 def static_pairs(args, folder, model):
-    """The same two files from a static preference set (--pairs). A pair lasts as long as its winner, or as its row says.
+    """The same two files from a static preference set (--pairs).
+
+    A pair lasts as long as its winner, or as its row says.
     """
     rows, notes = read_pairs(args.pairs, args.audio_dir)
     for note in notes:

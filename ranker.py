@@ -153,8 +153,8 @@ def band_statistics(mel, samples, hop=256):
 
 def clip_features(encoders, clips, keep=None, desc="features"):
     """Rows {"audio", "caption"} -> (N, W); with `keep`, a folder, blocks are kept there and read back."""
-    settings = {"encoders": encoders.key(), "clips": derive_seed(*(f"{row['audio']} {row['caption']}" for row in clips)),
-                "statistics": 1}
+    names = derive_seed(*(f"{row['audio']} {row['caption']}" for row in clips))
+    settings = {"encoders": encoders.key(), "clips": names, "statistics": 1}
     if keep is not None:
         if (Path(keep) / "settings.json").is_file() and read_json(Path(keep) / "settings.json") != settings:
             for path in Path(keep).glob("*.safetensors"):

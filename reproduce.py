@@ -104,8 +104,8 @@ class Lab:
         """Stage 3: CRPO of the experts of `head`, run as v2."""
         args, out = self.args, self.folder(seed, f"crpo_{head}")
         flags = ["--checkpoint", self.experts(seed, head), "--score_head", "v2", "--score", args.score, "--iterations",
-                 1, "--prompts", args.crpo_prompts, "--epochs", args.crpo_epochs, "--evaluate", 2, "--steps", args.steps,
-                 "--guidance_scale", args.guidance_scale, "--seed", seed, "--device", args.device, "--out", out]
+                 1, "--prompts", args.crpo_prompts, "--epochs", args.crpo_epochs, "--evaluate", 2, "--steps",
+                 args.steps, "--guidance_scale", args.guidance_scale, "--seed", seed, "--device", args.device, "--out", out]
         self.trained(out, lambda: crpo.run(crpo.parse_args([str(flag) for flag in flags])))
         return out / "iteration_1"
 
@@ -193,6 +193,11 @@ def interval(value, digits=3):
     return f"{value['mean']:+.{digits}f} ({value['low']:+.{digits}f} to {value['high']:+.{digits}f})"
 
 
+def tested(value):
+    """A difference with its interval and p as a cell."""
+    return f"{interval(value)}, p = {value['p']:.3f}"
+
+
 HEADS = ["Frechet", "CLAP", "reward", "true quality", "event recall", "order"]
 
 
@@ -214,9 +219,9 @@ TABLE1 = {"plain": (0.377, 0.213, None, None), "v1": (0.352, 0.242, 0.442, 0.942
 def attm_table1(lab):
     """Five heads and none: Frechet, CLAP, score-r, delta out, and the true quality from s = p5 to p95."""
     args = lab.args
-    parts = say(lab, "attm_table1", "every head makes the output's reward follow the input score (score-r and delta out "
-                "above 0), and scored training beats training without scores (Table I; the paper's best: v2). Test: the "
-                "95 % interval of true quality at s = p95 minus at p5 excludes 0.")
+    parts = say(lab, "attm_table1", "every head makes the output's reward follow the input score (score-r and delta "
+                "out above 0), and scored training beats training without scores (Table I; the paper's best: v2). "
+                "Test: the 95 % interval of true quality at s = p95 minus at p5 excludes 0.")
     _, real = lab.scenes()
     low, high = lab.score_of(5), lab.score_of(95)
     plain = lab.seeds(lambda seed: lab.flow(seed))
@@ -241,8 +246,8 @@ def attm_table1(lab):
                      f"{np.mean(r):.3f} ({min(r):.3f} to {max(r):.3f})", interval(delta), interval(truth),
                      f"{wanted['quality']:.3f}", *map(str, paper)])
     best = max(args.heads, key=lambda head: np.mean(numbers[head]["score-r"]))
-    verdict = (f"Steers true quality (interval above 0): {', '.join(steers) or 'none'}. Highest score-r: {best} (paper: "
-               f"v2). Smaller Frechet distance than without scores: " + (", ".join(
+    verdict = (f"Steers true quality (interval above 0): {', '.join(steers) or 'none'}. Highest score-r: {best} "
+               f"(paper: v2). Smaller Frechet distance than without scores: " + (", ".join(
                    head for head in args.heads if numbers[head]["frechet"] < numbers["plain"]["frechet"]) or "none")
                + " (paper: all five).")
     parts += [f"s = {low:.2f} (p5), -0.5, 0.5, 1.5 and {high:.2f} (p95); one clip per prompt and score. Frechet, CLAP "
@@ -268,10 +273,10 @@ TABLE2 = [("bundled base, never saw a spoilt clip", None), ("0 trained without s
 
 def attm_table2(lab):
     """The chain, stage by stage, each tested against the stage before; nothing may rise but with the truth."""
-    parts = say(lab, "attm_table2", "expert iteration is the largest step of the chain and the only significant one after "
-                "score conditioning; cross-loading and CRPO stay within noise (Table II). Test: paired t over prompts "
-                "against the previous row, one-sided, p < 0.05. The reward is not hacked: true quality, event recall "
-                "and order do not fall where it rises.")
+    parts = say(lab, "attm_table2", "expert iteration is the largest step of the chain and the only significant one "
+                "after score conditioning; cross-loading and CRPO stay within noise (Table II). Test: paired t over "
+                "prompts against the previous row, one-sided, p < 0.05. The reward is not hacked: true quality, event "
+                "recall and order do not fall where it rises.")
     _, real = lab.scenes()
     score = lab.args.score
     found = [lab.seeds(lambda seed: lab.args.checkpoint), lab.seeds(lambda seed: lab.flow(seed)),
@@ -298,16 +303,16 @@ def attm_table2(lab):
               if numbers[name]["reward"] > numbers[before]["reward"] and (
                   numbers[name]["against the row before"]["quality"]["high"] < 0
                   or numbers[name]["recall"] < numbers[before]["recall"] - 0.02)]
-    verdict = (f"After score conditioning the largest gain in reward is that of \"{largest}\" ({gains[largest]:+.3f}; paper: "
-               "expert iteration). Significant against the row before: " + "; ".join(
+    verdict = (f"After score conditioning the largest gain in reward is that of \"{largest}\" ({gains[largest]:+.3f}; "
+               "paper: expert iteration). Significant against the row before: " + "; ".join(
                    f"\"{name}\": {', '.join(keys) or 'nothing'}" for name, keys in significant.items())
                + ". Reward up while true quality or event recall is clearly down: "
                + (", ".join(hacked) if hacked else "at no stage") + ".")
-    parts += [f"s = {score:g}; without scores none is asked for. † better than the row before (p < 0.05). Ranges are over "
-              "training seeds.",
+    parts += [f"s = {score:g}; without scores none is asked for. † better than the row before (p < 0.05). Ranges are "
+              "over training seeds.",
               markdown(["pipeline", *HEADS, "paper: FAD", "CLAP", "reward"], rows),
               markdown(["against the row before", "CLAP", "reward", "true quality"], [
-                  [name, *(f"{interval(value)}, p = {value['p']:.3f}" for value in row["against the row before"].values())]
+                  [name, *map(tested, row["against the row before"].values())]
                   for name, row in numbers.items() if "against the row before" in row]), f"Verdict: {verdict}"]
 
     def draw(axes):
@@ -329,10 +334,10 @@ TABLE3 = {"SFT only, v1 -> v1": (0.4681, 0.262, 0.028), "SFT only, v1 -> v2": (0
 
 def attm_table3(lab):
     """Weights trained as v1 or v2, run as v1 or v2, after stage 1 and at the end of the chain."""
-    parts = say(lab, "attm_table3", "running v1 weights as v2 is benign, running v2 weights as v1 collapses (Table III). "
-                "Test: paired t over prompts; benign: not significantly below the native cell in reward and CLAP at p < "
-                "0.05, or by less than a tenth of a deviation of the reward; collapse: more than half a deviation of "
-                "the reward below the native cell, p < 0.05.")
+    parts = say(lab, "attm_table3", "running v1 weights as v2 is benign, running v2 weights as v1 collapses (Table "
+                "III). Test: paired t over prompts; benign: not significantly below the native cell in reward and CLAP "
+                "at p < 0.05, or by less than a tenth of a deviation of the reward; collapse: more than half a "
+                "deviation of the reward below the native cell, p < 0.05.")
     _, real = lab.scenes()
     score, numbers, rows = lab.args.score, {}, []
     found = {}
@@ -373,11 +378,11 @@ def attm_table3(lab):
     verdict = ("; ".join(f"{name} is {'benign' if yes else 'NOT benign'}" for name, yes in benign.items()) + "; "
                + "; ".join(f"{name} {'collapses' if yes else 'does NOT collapse'}" for name, yes in collapse.items())
                + " (paper: v1 -> v2 benign, v2 -> v1 a collapse, at both stages).")
-    parts += [f"s = {score:g}. * not significantly worse than the hybrid, noise 42 (p >= 0.05). Ranges are over training "
-              "seeds.", markdown(["weights -> forward", *HEADS, "paper: FAD", "CLAP", "reward"], rows),
+    parts += [f"s = {score:g}. * not significantly worse than the hybrid, noise 42 (p >= 0.05). Ranges are over "
+              "training seeds.", markdown(["weights -> forward", *HEADS, "paper: FAD", "CLAP", "reward"], rows),
               "What crossing costs: native minus crossed.",
               markdown(["crossing", "CLAP", "reward", "true quality"], [
-                  [name, *(f"{interval(value)}, p = {value['p']:.3f}" for value in drop.values())]
+                  [name, *map(tested, drop.values())]
                   for name, drop in crossings.items()]), f"Verdict: {verdict}"]
 
     def draw(axes):
@@ -391,9 +396,9 @@ def attm_table3(lab):
 
 def attm_figure2(lab):
     """The input score from 0 to 6, on the model of stage 1 and at the end of the chain."""
-    parts = say(lab, "attm_figure2", "after stage 1 the reward rises with the score over the training range; at the end of "
-                "the chain the score does next to nothing (Fig. 2). Test: range of the mean reward over s, of the hybrid "
-                "against SFT; saturated: less than half of it; Spearman over s = 0 to 2.")
+    parts = say(lab, "attm_figure2", "after stage 1 the reward rises with the score over the training range; at the "
+                "end of the chain the score does next to nothing (Fig. 2). Test: range of the mean reward over s, of "
+                "the hybrid against SFT; saturated: less than half of it; Spearman over s = 0 to 2.")
     _, real = lab.scenes()
     grid, numbers, rows = lab.args.grid, {}, []
     for name, of in (("SFT only", lambda seed: lab.flow(seed, "v1")), ("hybrid", lambda seed: lab.aligned(seed, "v1"))):
@@ -411,10 +416,10 @@ def attm_figure2(lab):
     numbers["range"] = {name: reach(name) for name in ("SFT only", "hybrid")}
     numbers["spearman, s <= 2"] = {name: rise(name) for name in ("SFT only", "hybrid")}
     saturated = numbers["range"]["hybrid"] < 0.5 * numbers["range"]["SFT only"]
-    verdict = (f"SFT: reward over s = {grid[0]:g} to {grid[-1]:g} within {numbers['range']['SFT only']:.3f}, Spearman up to "
-               f"s = 2 {numbers['spearman, s <= 2']['SFT only']:.2f} (paper: 0.31 up to s = 2, 1.0); hybrid: within "
-               f"{numbers['range']['hybrid']:.3f}, {numbers['spearman, s <= 2']['hybrid']:.2f} (paper: 0.04). The knob is "
-               f"{'saturated' if saturated else 'NOT saturated'} at the end of the chain (paper: saturated).")
+    verdict = (f"SFT: reward over s = {grid[0]:g} to {grid[-1]:g} within {numbers['range']['SFT only']:.3f}, Spearman "
+               f"up to s = 2 {numbers['spearman, s <= 2']['SFT only']:.2f} (paper: 0.31 up to s = 2, 1.0); hybrid: "
+               f"within {numbers['range']['hybrid']:.3f}, {numbers['spearman, s <= 2']['hybrid']:.2f} (paper: 0.04). "
+               f"The knob is {'' if saturated else 'NOT '}saturated at the end of the chain (paper: saturated).")
     parts += [f"The highest score of a training clip is {top:.2f}.", markdown(["model", "s", *HEADS], rows),
               f"Verdict: {verdict}"]
 
@@ -457,10 +462,10 @@ def low_band(clips, bands=24):
 def attm_reward_column(lab):
     """Two columns: the ranker's score, and that score plus what the reference lacks, a hum."""
     args = lab.args
-    parts = say(lab, "attm_reward_column", "conditioned on a reward that partly tracks a hum, the generator learns to hum, "
-                "and its Frechet distance to scenes without one grows (III-D a; the paper: vocals, 0.515 against 0.337). "
-                "Test: the 95 % interval of the hum asked for by the contaminated column minus by the clean one is "
-                "above 0, and the Frechet distance is larger in every seed.")
+    parts = say(lab, "attm_reward_column", "conditioned on a reward that partly tracks a hum, the generator learns to "
+                "hum, and its Frechet distance to scenes without one grows (III-D a; the paper: vocals, 0.515 against "
+                "0.337). Test: the 95 % interval of the hum asked for by the contaminated column minus by the clean "
+                "one is above 0, and the Frechet distance is larger in every seed.")
     _, real = lab.scenes()
     rows = read_jsonl(args.hum_data)
     dirty = next((name for name in rows[0] if name.startswith("score_plus_")), None)
@@ -484,10 +489,11 @@ def attm_reward_column(lab):
     verdict = (f"The contaminated column asks for more hum: {interval(hum)}; its Frechet distance is "
                f"{', '.join(f'{value:.2f}' for value in ratio)} times the clean one's (paper: 1.53 times). "
                + ("As in the paper." if hum["low"] > 0 and min(ratio) > 1 else "Not as in the paper."))
-    parts += [f"Both flows are trained on the same {len(rows)} clips, {100 * np.mean([row['hum'] for row in rows]):.0f} % of "
-              "which hum, in the v2 forward, and asked for the 95th percentile of their column. hum: a ridge regression "
-              f"on features of the second tagger and low bands, rank correlation {sure:.2f} on held-out clips (a yes or no: "
-              "1 is out of reach).",
+    hums = np.mean([row["hum"] for row in rows])
+    parts += [f"Both flows are trained on the same {len(rows)} clips, {100 * hums:.0f} "
+              "% of which hum, in the v2 forward, and asked for the 95th percentile of their column. hum: a ridge "
+              f"regression on features of the second tagger and low bands, rank correlation {sure:.2f} on held-out "
+              "clips (a yes or no: 1 is out of reach).",
               markdown(["column", "s", "hum", *HEADS, "paper: FAD"], table), f"Verdict: {verdict}"]
 
     def draw(axes):
@@ -497,7 +503,8 @@ def attm_reward_column(lab):
             axes.bar(np.arange(2) + 0.35 * i, values, 0.3, label=f"{key}, relative to the clean column")
         axes.set_xticks([0.17, 1.17], ["clean", "contaminated"])
         axes.legend()
-    return "A clean reward against a contaminated one", parts, {"hypothesis": parts[0], "verdict": verdict, **numbers}, draw
+    return "A clean reward against a contaminated one", parts, {
+        "hypothesis": parts[0], "verdict": verdict, **numbers}, draw
 
 
 ENTRIES = (attm_table1, attm_table2, attm_table3, attm_figure2, attm_reward_column)
@@ -549,8 +556,8 @@ def make_parser():
             flag(group, "--until", "crpo", "last stage of v1 and v2", choices=("sft", "experts", "crpo"))
         group = command.add_argument_group("measuring")
         flag(group, "--prompts", 100, "test prompts; paper: 100")
-        flag(group, "--score", 1.5, "asked for in stages 2 and 3 and in the tables, above 95 %% of the training scores; "
-             "paper: 2.0, then 5.0")
+        flag(group, "--score", 1.5, "asked for in stages 2 and 3 and in the tables, above 95 %% of the training "
+             "scores; paper: 2.0, then 5.0")
         if run is attm_figure2:
             group.add_argument("--grid", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
                                help="scores asked for (default: 0 0.5 1 1.5 2 3 4 5 6; paper: 0 to 6)")

@@ -167,8 +167,8 @@ def train_ranker(args):
     encoders = learned.Encoders(args.clap, args.encoder, device)
     features = learned.clip_features(encoders, clips, out / "features")
     parts = learned.split_votes(clips, votes, args.seed)
-    print(f"{len(clips)} clips, features {features.shape[1]} wide; {len(parts[0])} training, {len(parts[1])} validation "
-          f"and {len(parts[2])} test votes, split by prompt")
+    print(f"{len(clips)} clips, features {features.shape[1]} wide; {len(parts[0])} training, {len(parts[1])} "
+          f"validation and {len(parts[2])} test votes, split by prompt")
     network, log = learned.fit(features, votes, parts, args.widths, args.dropout, args.epochs, args.batch_size,
                                args.learning_rate, args.weight_decay, args.seed, device)
     found = learned.report(network, features, votes, parts[2], true_quality(clips, args))
@@ -321,8 +321,8 @@ def make_parser():
     flag(four, "--out", None, "the copy; None: scored.jsonl beside the manifest", str)
     flag(four, "--column", "score", "name of the new column")
     four.add_argument("--plus", nargs=2, action="append", metavar=("COLUMN", "WEIGHT"),
-                      help="a second new column, NAME_plus_COLUMN: the score and WEIGHT times what COLUMN says, a reward "
-                      "that partly tracks something else (paper III-D a: vocals)")
+                      help="a second new column, NAME_plus_COLUMN: the score and WEIGHT times what COLUMN says, a "
+                      "reward that partly tracks something else (paper III-D a: vocals)")
     four.set_defaults(run=score_manifest)
     for one_parser in (one, two, three, four):
         flag(one_parser, "--device", "auto", "auto, cuda, mps or cpu")

@@ -333,8 +333,8 @@ def make_parser():
                        "but for Demucs; flags given beside it win")
     group.add_argument("--lufs", type=float, help="normalise loudness to so many LUFS (needs pyloudnorm; default: not; "
                        "second paper: -16.5)")
-    group.add_argument("--true_peak", type=float, default=-1.0, metavar="DB", help="ceiling of --lufs, which limits its "
-                       "gain (default -1 dB; second paper: -1)")
+    group.add_argument("--true_peak", type=float, default=-1.0, metavar="DB", help="ceiling of --lufs, which limits "
+                       "its gain (default -1 dB; second paper: -1)")
     group = parser.add_argument_group("where")
     group.add_argument("--output", default="out", help="a .wav file, or a folder (default out)")
     group.add_argument("--plot", action="store_true", help="a spectrogram picture beside each WAV (needs matplotlib)")

@@ -291,7 +291,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("which ear")
     what.add_argument("--tagger", default="checkpoints/toy/base", help="file or folder (default: %(default)s)")
-    what.add_argument("--which", choices=("judge", "features"), default="judge", help="tagger of the folder (default: %(default)s)")
+    what.add_argument("--which", choices=("judge", "features"), default="judge",
+                      help="tagger of the folder (default: %(default)s)")
     what.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: %(default)s)")
     scenes = parser.add_argument_group("what it hears")
     scenes.add_argument("--split", choices=("train", "val", "test"), default="test",

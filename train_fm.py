@@ -299,7 +299,8 @@ def scored_flow(flow, data, args):
     from model import with_score_head
     known = data.scores[~data.scores.isnan()]
     head = args.score_head or flow.config.get("score_head") or "v1"
-    return with_score_head(flow, head, args.score_null, known.mean().item(), known.std(correction=0).item(), args.seed)[0]
+    mean, std = known.mean().item(), known.std(correction=0).item()
+    return with_score_head(flow, head, args.score_null, mean, std, args.seed)[0]
 
 
 def train(args):

@@ -166,8 +166,8 @@ def test_wrong_input_is_one_line(chain, whole, tmp_path):
 def entry(chain, name, out, *more):
     reproduce.main([name, "--checkpoint", str(chain / "model"), "--data", str(chain / "votes" / "scored.jsonl"),
                     "--ranker", str(chain / "ranker"), "--judge", str(chain / "clap"), "--tagger", str(chain / "model"),
-                    "--hum_data", str(chain / "votes" / "scored.jsonl"), "--seeds", "0", "--sft_steps", "2", "--prompts",
-                    "6", "--steps", "2", "--samples", "12", "--tuning_steps", "2", "--polish_steps", "2",
+                    "--hum_data", str(chain / "votes" / "scored.jsonl"), "--seeds", "0", "--sft_steps", "2",
+                    "--prompts", "6", "--steps", "2", "--samples", "12", "--tuning_steps", "2", "--polish_steps", "2",
                     "--crpo_prompts", "4", "--crpo_epochs", "1", "--batch_size", "4", "--device", "cpu", "--runs",
                     str(chain / "reproduce"), "--out", str(out), *more])
 

@@ -22,8 +22,8 @@ def test_quality_is_one_when_whole_and_falls_with_the_level():
     clean = torch.from_numpy(audio)[None]
     assert votes.true_quality(clean, clean, log_mel).item() == 1
     for kind in DEGRADATIONS:
-        levels = [votes.true_quality(clean, torch.from_numpy(degrade(audio, kind, level, np.random.default_rng(0)))[None],
-                                     log_mel).item() for level in (0.1, 0.5, 0.95)]
+        takes = [torch.from_numpy(degrade(audio, kind, level, np.random.default_rng(0))) for level in (0.1, 0.5, 0.95)]
+        levels = [votes.true_quality(clean, take[None], log_mel).item() for take in takes]
         assert 1 > levels[0] > levels[1] > levels[2] > 0, kind
 
 
