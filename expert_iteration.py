@@ -147,7 +147,7 @@ def make_parser():
     flag(group, "--prompt_file", None, "the pool instead: .txt or .jsonl (default: none)", str)
     flag(group, "--ranker", "runs/ranker", "reward, of reward.py train_ranker (default: DEFAULT)")
     flag(group, "--clap", str(REWARD), "CLAP (default: the bundled clap_reward)")
-    add_sampling_flags(parser, ("steps", "guidance_scale", "solver"), steps=10)
+    add_sampling_flags(parser, ("steps", "guidance_scale", "solver"), steps=10, guidance_scale=1.5)
     group = parser.add_argument_group("fine-tune and polish (second paper, III-D c)")
     flag(group, "--oversample", 5, "times that the mixture holds each kept clip (default: DEFAULT; paper: 5)")
     flag(group, "--tuning_steps", 400, "on the mixture (default: DEFAULT; paper: 30000)")

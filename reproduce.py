@@ -4,6 +4,7 @@
     python reproduce.py attm_table2                    # stage by stage (Table II)
     python reproduce.py attm_table3                    # v1 and v2, weights against forward pass (Table III)
     python reproduce.py attm_figure2                   # the score from 0 to 6, before and after the chain (Fig. 2)
+    python reproduce.py attm_guidance                  # expert iteration at several guidance scales (ours)
     python reproduce.py attm_reward_column             # a clean reward against a contaminated one (III-D a)
     python reproduce.py stages --heads v1 --seeds 0    # only train what they need; several may run at once
 
@@ -27,187 +28,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import crpo
-import expert_iteration
 import metrics
-import train_fm
-from alignment import heard
 from audio import fit_audio, read_audio
-from cache import settings_key
-from clap import load_clap
-from common import (UserError, check_writable, choose_device, file_hash, in_range, parse_arguments,
-                    read_jsonl, run_main)
-from evaluate import as_clips, markdown, picture, render, write_report
-from model import SCORE_HEADS, load_model, with_score_head
-from ranker import Judged
+from common import UserError, check_writable, in_range, parse_arguments, read_jsonl, run_main
+from evaluate import markdown, picture, write_report
+from lab import HEADS, Lab, cells, difference, interval, low_band, per_prompt, row_of, say, tested
+from model import SCORE_HEADS
 from reward import JUDGE
-from sample import BASE, add_sampling_flags, check_sampling_flags, decode, generate
-from tagger import features, hear, load_tagger, quality
-from vocoder import MEL_16K, LogMel
-from world import CLIP_SAMPLES, SAMPLE_RATE, World
+from sample import BASE, add_sampling_flags, check_sampling_flags
+from tagger import features, load_tagger
+from world import CLIP_SAMPLES, SAMPLE_RATE
 
 HELD_OUT = 400                  # clips on which the meter of hum is checked
 LEVELS = (-0.5, 0.5, 1.5)       # scores of Table I: delta out is the reward at the last less that at the first
-
-
-# ----------------------------------------------------------------------------- stages: what has to be trained
-
-class Lab:
-    """The flags, the stages that they describe, and what listens, each made when first asked for."""
-
-    def __init__(self, args):
-        self.args, self.device, self.runs = args, choose_device(args.device), Path(args.runs)
-        self.made = {}
-
-    def once(self, name, make):
-        if name not in self.made:
-            self.made[name] = make()
-        return self.made[name]
-
-    def score_of(self, share, column="score"):
-        """The score below which `share` percent of the training clips lie."""
-        data = self.args.hum_data if column != "score" else self.args.data
-        return float(np.percentile([row[column] for row in read_jsonl(data)], share))
-
-    def folder(self, seed, name):
-        return self.runs / f"seed_{seed}" / name
-
-    def flow(self, seed, head=None, column="score", data=None):
-        """Stage 1: the bundled base trained on scored clips with a `head`, or without scores (None)."""
-        args, data = self.args, data or self.args.data
-        name = f"sft_{head or 'plain'}" + ("" if data == args.data else f"_{column}")
-        out = self.folder(seed, name)
-        flags = ["--checkpoint", args.checkpoint, "--data", data, "--steps", args.sft_steps, "--learning_rate",
-                 args.sft_rate, "--batch_size", args.batch_size, "--seed", seed, "--save_every", 250, "--val_every",
-                 10 ** 9, "--val_clips", 64, "--log_every", 50, "--device", args.device, "--out", out]
-        flags += ["--score_column", column, "--score_head", head] if head else []
-        return self.trained(out, lambda: train_fm.train(train_fm.parse_args([str(flag) for flag in flags])))
-
-    def trained(self, out, train):
-        """`train()` unless `out` is finished; -> out."""
-        if not (out / "finished").is_file():
-            train()
-            (out / "finished").touch()
-        return out
-
-    def experts(self, seed, head):
-        """Stage 2: expert iteration on the flow of stage 1."""
-        args, out = self.args, self.folder(seed, f"experts_{head}")
-        flags = ["--checkpoint", self.flow(seed, head), "--data", args.data, "--ranker", args.ranker, "--samples",
-                 args.samples, "--score", args.score, "--tuning_steps", args.tuning_steps, "--polish_steps",
-                 args.polish_steps, "--steps", args.steps, "--guidance_scale", args.guidance_scale, "--batch_size",
-                 args.batch_size, "--seed", seed, "--device", args.device, "--out", out]
-        self.trained(out, lambda: expert_iteration.run(expert_iteration.parse_args([str(flag) for flag in flags])))
-        return out / "round_1"
-
-    def aligned(self, seed, head):
-        """Stage 3: CRPO of the experts of `head`, run as v2."""
-        args, out = self.args, self.folder(seed, f"crpo_{head}")
-        flags = ["--checkpoint", self.experts(seed, head), "--score_head", "v2", "--score", args.score, "--iterations",
-                 1, "--prompts", args.crpo_prompts, "--epochs", args.crpo_epochs, "--evaluate", 2, "--steps",
-                 args.steps, "--guidance_scale", args.guidance_scale, "--seed", seed, "--device", args.device, "--out", out]
-        self.trained(out, lambda: crpo.run(crpo.parse_args([str(flag) for flag in flags])))
-        return out / "iteration_1"
-
-    # ------------------------------------------------------------------------- what listens
-
-    def scenes(self):
-        """The test scenes of all entries, and what is heard of their real clips."""
-        def make():
-            clips, scenes = render(World("test", pairs="all"), range(self.args.prompts))
-            return scenes, self.listen(clips, scenes)
-        return self.once("scenes", make)
-
-    def listen(self, clips, scenes):
-        """Clips (N, 65536) -> {"reward", "clap", "quality" (N,), "tally", "features", "low band"} as arrays."""
-        args, device = self.args, self.device
-        prompts = [scene.prompt for scene in scenes]
-        audios = [clip[None, :int(scene.duration * SAMPLE_RATE)] for clip, scene in zip(clips, scenes)]
-        ranker = self.once("ranker", lambda: Judged(args.ranker, device))
-        judge = self.once("clap", lambda: load_clap(args.judge, device))
-        tagger, second, third = (self.once(which, lambda which=which: load_tagger(args.tagger, which, device))
-                                 for which in ("judge", "features", "quality"))
-        return {"reward": ranker.scores(audios, SAMPLE_RATE, prompts).numpy(),
-                "clap": judge.scores(audios, SAMPLE_RATE, prompts).numpy(), "quality": quality(third, clips).numpy(),
-                "tally": metrics.tally_all(hear(tagger, clips), scenes), "features": features(second, clips).numpy(),
-                "low band": low_band(clips).numpy()}
-
-    def measure(self, folder, score=None, head=None, noise=42):
-        """What is heard of a model's clips of the test prompts; `head` runs v1 weights as v2, or the reverse."""
-        args, (scenes, _) = self.args, self.scenes()
-        key = settings_key({"weights": file_hash(Path(folder) / "tangoflux.safetensors"), "score": score, "head": head,
-                            "noise": noise, "prompts": args.prompts, "steps": args.steps, "scale": args.guidance_scale,
-                            "solver": args.solver, "ranker": file_hash(Path(args.ranker) / "ranker.safetensors")})
-
-        def clips():
-            model = load_model(folder, self.device)
-            if head and model.flow.config["score_head"] != head:
-                model.flow = with_score_head(model.flow, head)[0]
-            durations = [scene.duration for scene in scenes]
-            latents = generate(model, [scene.prompt for scene in scenes], durations, noise, steps=args.steps,
-                               guidance_scale=args.guidance_scale, solver=args.solver, batch_size=args.batch_size,
-                               score=score, progress=True)
-            return as_clips(model.codec, decode(model, latents, durations))
-        listener = argparse.Namespace(listen=lambda made, scenes: {
-            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in self.listen(made, scenes).items()})
-        return heard(self.runs / "heard" / f"{key}.safetensors", listener, clips, scenes)
-
-    def seeds(self, folder_of, **how):
-        """measure() of each training seed's model."""
-        return [self.measure(folder_of(seed), **how) for seed in self.args.seeds]
-
-
-# ----------------------------------------------------------------------------- numbers of several seeds
-
-def row_of(found, real):
-    """The means over seeds and prompts of a list of measurements, and their spread over seeds."""
-    each = [{"frechet": metrics.frechet_distance(one["features"], real["features"]),
-             **{name: float(one[name].mean()) for name in ("clap", "reward", "quality")},
-             **{name: metrics.scores(one["tally"])[name] for name in ("recall", "order")}} for one in found]
-    return {name: float(np.mean([one[name] for one in each])) for name in each[0]} | {
-        "seeds": {name: [one[name] for one in each] for name in each[0]}}
-
-
-def per_prompt(found, name):
-    """(N,) means over seeds."""
-    return np.mean([one[name] for one in found], axis=0)
-
-
-def difference(first, second, name, draws=2000):
-    """{"mean", "low", "high", "t", "p"} of first minus second, paired over prompts; p one-sided for first > second."""
-    a, b = per_prompt(first, name), per_prompt(second, name)
-    mean, t, p = metrics.paired_t(a, b)
-    low, high = metrics.paired_bootstrap(np.mean, a, b, draws)
-    return {"mean": mean, "low": low, "high": high, "t": t, "p": p}
-
-
-def cells(row, names=("frechet", "clap", "reward", "quality", "recall", "order")):
-    """Numbers of a row, in brackets their range over seeds."""
-    def one(name):
-        low, high = min(row["seeds"][name]), max(row["seeds"][name])
-        return f"{row[name]:.3f}" + (f" ({low:.3f} to {high:.3f})" if len(row["seeds"][name]) > 1 else "")
-    return [one(name) for name in names]
-
-
-def interval(value, digits=3):
-    return f"{value['mean']:+.{digits}f} ({value['low']:+.{digits}f} to {value['high']:+.{digits}f})"
-
-
-def tested(value):
-    """A difference with its interval and p as a cell."""
-    return f"{interval(value)}, p = {value['p']:.3f}"
-
-
-HEADS = ["Frechet", "CLAP", "reward", "true quality", "event recall", "order"]
-
-
-def say(lab, entry, hypothesis):
-    """Print what an entry expects and costs before it starts."""
-    args = lab.args
-    budget = (f"{len(args.seeds)} training seeds of {args.sft_steps} steps a model, {args.prompts} test prompts, "
-              f"{args.steps} {args.solver} steps, guidance {args.guidance_scale:g}")
-    print(f"{entry}\nhypothesis: {hypothesis}\nbudget: {budget}", flush=True)
-    return [f"Hypothesis: {hypothesis}", f"Budget: {budget}; seeds {', '.join(map(str, args.seeds))}."]
 
 
 # ----------------------------------------------------------------------------- entries
@@ -435,6 +268,40 @@ def attm_figure2(lab):
         "hypothesis": parts[0], "verdict": verdict, **numbers}, draw
 
 
+def attm_guidance(lab):
+    """Not in the paper: what expert iteration gains at each guidance scale, before and after it."""
+    parts = say(lab, "attm_guidance", "samples made under guidance carry it into the weights: expert iteration gains "
+                "most without guidance, and under strong guidance the two add up to too much. Test: the gain in reward "
+                "at the smallest scale has an interval above 0, and is larger than at the largest scale.")
+    _, real = lab.scenes()
+    numbers, rows, gains = {}, [], []
+    for scale in lab.args.scales:
+        before, after = (lab.seeds(lambda seed: of(seed, "v1"), score=lab.args.score, guidance_scale=scale)
+                         for of in (lab.flow, lab.experts))
+        gain = {key: difference(after, before, key) for key in ("clap", "reward", "quality")}
+        numbers[f"{scale:g}"] = {"SFT": row_of(before, real), "experts": row_of(after, real), "gain": gain}
+        gains.append(gain["reward"])
+        rows += [[f"{scale:g}", "SFT", *cells(numbers[f"{scale:g}"]["SFT"]), "-", "-"],
+                 [f"{scale:g}", "+ expert iteration", *cells(numbers[f"{scale:g}"]["experts"]), tested(gain["reward"]),
+                  tested(gain["quality"])]]
+    yes = gains[0]["low"] > 0 and gains[0]["mean"] > gains[-1]["mean"]
+    verdict = (f"Gain in reward at w = {', '.join(f'{scale:g}' for scale in lab.args.scales)}: "
+               + ", ".join(f"{gain['mean']:+.3f}" for gain in gains)
+               + f". Guidance moves into the weights: {'yes' if yes else 'not shown'}.")
+    parts += [f"s = {lab.args.score:g}. Samples for expert iteration were made at w = {lab.args.guidance_scale:g}. "
+              "Ranges are over training seeds.",
+              markdown(["w", "model", *HEADS, "gain in reward", "gain in true quality"], rows), f"Verdict: {verdict}"]
+
+    def draw(axes):
+        for name, colour in (("SFT", "tab:orange"), ("experts", "tab:blue")):
+            for key, style in (("reward", "-"), ("quality", "--")):
+                axes.plot(lab.args.scales, [row[name][key] for row in list(numbers.values())], style, marker="o",
+                          color=colour, label=f"{name}, {'reward' if key == 'reward' else 'true quality'}")
+        axes.set(xlabel="guidance scale w")
+        axes.legend()
+    return "Expert iteration under guidance", parts, {"hypothesis": parts[0], "verdict": verdict, **numbers}, draw
+
+
 def hum_meter(lab, rows):
     """A regression of hum on what the second tagger hears and on low bands, fitted on a manifest's clips.
 
@@ -451,12 +318,6 @@ def hum_meter(lab, rows):
         return np.concatenate([found["features"], found["low band"]], axis=1)
     fit = metrics.fit_ridge(columns(heard_of)[HELD_OUT:], truth[HELD_OUT:], penalty=0.03)
     return lambda found: fit(columns(found)), metrics.spearman(fit(columns(heard_of)[:HELD_OUT]), truth[:HELD_OUT])
-
-
-def low_band(clips, bands=24):
-    """Clips (N, 65536) -> (N, 72): low, middle and high quantiles of their lowest mel bands, in decades."""
-    mel = torch.cat([LogMel(**MEL_16K)(part) for part in clips.split(64)])[:, :bands]               # (N, 24, F)
-    return torch.quantile(mel, torch.tensor([0.1, 0.5, 0.9]), dim=2).transpose(0, 1).flatten(1)
 
 
 def attm_reward_column(lab):
@@ -507,7 +368,7 @@ def attm_reward_column(lab):
         "hypothesis": parts[0], "verdict": verdict, **numbers}, draw
 
 
-ENTRIES = (attm_table1, attm_table2, attm_table3, attm_figure2, attm_reward_column)
+ENTRIES = (attm_table1, attm_table2, attm_table3, attm_figure2, attm_guidance, attm_reward_column)
 
 
 # ----------------------------------------------------------------------------- command line
@@ -558,10 +419,14 @@ def make_parser():
         flag(group, "--prompts", 100, "test prompts; paper: 100")
         flag(group, "--score", 1.5, "asked for in stages 2 and 3 and in the tables, above 95 %% of the training "
              "scores; paper: 2.0, then 5.0")
+        if run is attm_guidance:
+            group.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0],
+                               help="guidance scales (default: 1 1.5 2 3)")
         if run is attm_figure2:
-            group.add_argument("--grid", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
-                               help="scores asked for (default: 0 0.5 1 1.5 2 3 4 5 6; paper: 0 to 6)")
-        add_sampling_flags(command, ("steps", "guidance_scale", "solver"), steps=10)
+            group.add_argument("--grid", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 6.0],
+                               help="scores asked for (default: 0 0.5 1 1.5 2 3 4.5 6; paper: 0 to 6)")
+        add_sampling_flags(command, ("steps", "guidance_scale", "solver"), steps=10, guidance_scale=3.0 if run in (
+            attm_table1, attm_reward_column) else 1.5)
         group = command.add_argument_group("where")
         flag(group, "--runs", "runs/reproduce", "models and measurements, shared by all entries")
         flag(group, "--out", "results", "where NAME.md, .json and .png go")

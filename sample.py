@@ -342,12 +342,13 @@ def make_parser():
     return parser
 
 
-def add_sampling_flags(parser, names=("steps", "guidance_scale", "solver", "seed"), steps=25):
-    """--steps, --guidance_scale, --solver, --seed: the settings of a sampler, or those of `names`; default `steps`."""
+def add_sampling_flags(parser, names=("steps", "guidance_scale", "solver", "seed"), steps=25, guidance_scale=3.0):
+    """--steps, --guidance_scale, --solver, --seed: the settings of a sampler, or those of `names`, with defaults."""
     group = parser.add_argument_group("sampler")
     flags = {"steps": dict(type=int, default=steps, help=f"solver steps (default {steps}; paper 50, section 3.3)"),
-             "guidance_scale": dict(type=float, default=3.0, help="classifier-free guidance; 1 is the conditional "
-                                    "model alone (default 3.0; paper 4.5, section 3.3, and A.6)"),
+             "guidance_scale": dict(type=float, default=guidance_scale, help="classifier-free guidance; 1 is the "
+                                    "conditional model alone (default %(default)s; paper 4.5, section 3.3, and A.6; "
+                                    "second paper 4.0)"),
              "solver": dict(choices=list(SOLVERS), default="euler", help="heun evaluates the network twice a step "
                             "(default euler, as the paper; A.7)"),
              "seed": dict(type=int, default=0, help="sample i is made from (seed, i) (default 0)")}

@@ -176,7 +176,7 @@ def entry(chain, name, out, *more):
 def test_every_entry_ends_with_a_table_numbers_and_a_verdict(chain, tmp_path, name, monkeypatch, capsys):
     monkeypatch.chdir(chain)                                            # cache/ goes there
     more = {"attm_table1": ["--heads", "v1", "v5"], "attm_figure2": ["--grid", "0", "2", "6"],
-            "attm_reward_column": ["--heads", "v2"]}.get(name, [])
+            "attm_guidance": ["--scales", "1", "3"], "attm_reward_column": ["--heads", "v2"]}.get(name, [])
     if name == "attm_reward_column":
         rows = read_jsonl(chain / "votes" / "scored.jsonl")             # 20 clips; some have to hum
         for i, row in enumerate(rows):
@@ -195,6 +195,8 @@ def test_every_entry_ends_with_a_table_numbers_and_a_verdict(chain, tmp_path, na
 def test_entries_say_what_is_missing(chain, tmp_path):
     with pytest.raises(UserError, match="python reward.py score_manifest makes it"):
         entry(chain, "attm_table1", tmp_path, "--data", str(tmp_path / "x.jsonl"))
+    with pytest.raises(UserError, match="sft_plain was made with other flags"):
+        entry(chain, "attm_table1", tmp_path, "--sft_steps", "3")
     with pytest.raises(UserError, match="--prompts is 2"):
         entry(chain, "attm_table1", tmp_path, "--prompts", "2")
 
