@@ -5,7 +5,8 @@
     python crpo.py --offline --out runs/offline          # the base's pairs in all iterations (paper Fig. 2)
     python crpo.py --offline --fm_weight 0 --out runs/dpo        # L_DPO-FM alone on them (paper 4.5)
     python crpo.py --pairs audio_alpaca.json --checkpoint declare-lab/TangoFlux          # a static set (paper 4.3)
-    python crpo.py --checkpoint runs/experts/round_1 --score_head v2 --score 1.5 --iterations 1 --out runs/hybrid
+    python crpo.py --checkpoint runs/experts/round_1 --score_head v2 --score 1.5 --guidance_scale 1.5 --iterations 1 \\
+        --out runs/hybrid
                                                          # stage 3 of the second paper: v1 weights as v2, then CRPO
 
 Each iteration is a folder: prompts.jsonl, candidates.safetensors, scores.jsonl, pairs.jsonl, pairs.safetensors, the

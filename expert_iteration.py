@@ -225,7 +225,7 @@ def main(argv=None):
     last = Path(args.out) / f"round_{args.rounds}"
     print(f"wrote {args.out}: round_1 to {args.rounds} (models, scores, kept clips)")
     print(f"next: python crpo.py --checkpoint {shlex.quote(str(last))} --score_head v2 --score {args.score:g} "
-          "--iterations 1 --out runs/hybrid")
+          f"--guidance_scale {args.guidance_scale:g} --iterations 1 --out runs/hybrid")
 
 
 if __name__ == "__main__":

@@ -121,13 +121,16 @@ class Encoders:
                 inputs = self.extractor(audio.numpy(), sampling_rate=self.rate, return_tensors="pt")
                 pieces.append(self.encoder(**inputs.to(self.device)).last_hidden_state.mean(1).float().cpu())
             return torch.cat(pieces)
-        size = max(65536, *(len(audio) for audio in mono))
-        padded = torch.stack([F.pad(audio, (0, size - len(audio))) for audio in mono])
-        mel = self.encoder.log_mel(padded.to(self.device))                                       # (N, 80, F)
-        fine, hidden = self.encoder.frames(mel)
-        learned = torch.cat([part for layer in (fine, hidden) for part in (layer.mean(1), layer.std(1))], 1).cpu()
-        bands = torch.stack([band_statistics(one, len(audio)) for one, audio in zip(mel.cpu(), mono)])
-        return torch.cat([learned, bands], 1)
+        sizes, found = [max(65536, len(audio)) for audio in mono], [None] * len(mono)            # clip by clip
+        for size in set(sizes):
+            places = [i for i, one in enumerate(sizes) if one == size]
+            padded = torch.stack([F.pad(mono[i], (0, size - len(mono[i]))) for i in places])
+            mel = self.encoder.log_mel(padded.to(self.device))                                   # (N', 80, F)
+            fine, hidden = self.encoder.frames(mel)                                              # (N', 2T|T, W')
+            learned = torch.cat([part for layer in (fine, hidden) for part in (layer.mean(1), layer.std(1))], 1).cpu()
+            for i, one, row in zip(places, mel.cpu(), learned):
+                found[i] = torch.cat([row, band_statistics(one, len(mono[i]))])
+        return torch.stack(found)
 
     def features(self, audios, rate, prompts):
         """A list of (channels, samples) at `rate` and their prompts ("" for none) -> (N, W) float32."""
@@ -183,7 +186,10 @@ def read_votes(path, audio_dir=None):
     Votes on unknown clips (no such file) are counted and left out. Raises UserError for rows that are no votes, or if
     none is left.
     """
-    path, rows, clips, places, missing = Path(path), read_jsonl(path), [], {}, []
+    path, clips, places, missing = Path(path), [], {}, []
+    if not path.is_file():
+        raise UserError(f"{path} is missing; python votes.py makes it, --votes names it")
+    rows = read_jsonl(path)
     folder = Path(audio_dir) if audio_dir else path.parent
 
     def place(name, prompt):

@@ -1,6 +1,6 @@
 """Training of the quality judge: how little was a clip spoilt? (See votes.py for what that means.)
 
-    python train_quality.py                            # 6,000 scenes, two takes each -> runs/quality
+    python train_quality.py                            # 5,000 scenes, two takes each -> runs/quality
 
 The judge never conditions, filters or trains what generates: "true quality" of a generated clip means its reading, as
 the judge tagger's reading means its events. So it has scenes and a seed of its own, and half of its clips have been
@@ -79,7 +79,7 @@ def parse_args(argv=None):
         group.add_argument(name, default=default, type=kind or type(default), help=f"{what} (default: %(default)s)",
                            **more)
     group = parser.add_argument_group("clips")
-    flag(group, "--scenes", 6000, "training scenes: those of World(seed=7000 + seed)")
+    flag(group, "--scenes", 5000, "training scenes: those of World(seed=7000 + seed)")
     flag(group, "--takes", 2, "of each scene, spoilt in different ways")
     flag(group, "--val_scenes", 400, "held-out scenes, of other recorded sounds")
     flag(group, "--codec", "checkpoints/toy/base", "folder with the codec")
