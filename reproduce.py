@@ -203,6 +203,13 @@ def attm_table3(lab):
             drop = {key: difference(found[natives[weights]], found[f"{stage}, {weights} -> {forward}"], key)
                     for key in ("clap", "reward", "quality")}
             crossings[f"{stage}, {weights} -> {forward}"] = drop
+    low, knob = lab.score_of(5), {}
+    for forward in ("v1", "v2"):        # does the score still do anything to v1 weights run as v2?
+        least = lab.seeds(lambda seed: lab.flow(seed, "v1"), score=low, head=forward)
+        knob[f"v1 -> {forward}"] = {key: difference(found[f"SFT only, v1 -> {forward}"], least, key)
+                                    for key in ("clap", "reward", "quality")}
+    unasked = row_of(lab.seeds(lambda seed: lab.flow(seed, "v1")), real)
+    numbers["knob"], numbers["v1 -> v1, no score"] = knob, unasked
     benign = {name: all(value["p"] >= 0.05 or value["mean"] < 0.1 for key, value in drop.items() if key != "quality")
               for name, drop in crossings.items() if name.endswith("v2")}
     collapse = {name: drop["reward"]["mean"] > 0.5 and drop["reward"]["p"] < 0.05 for name, drop in crossings.items()
@@ -216,7 +223,14 @@ def attm_table3(lab):
               "What crossing costs: native minus crossed.",
               markdown(["crossing", "CLAP", "reward", "true quality"], [
                   [name, *map(tested, drop.values())]
-                  for name, drop in crossings.items()]), f"Verdict: {verdict}"]
+                  for name, drop in crossings.items()]),
+              f"What is left of the knob: s = {score:g} minus s = {low:.2f} (p5), after stage 1.",
+              markdown(["forward", "CLAP", "reward", "true quality"], [
+                  [name, *map(tested, gain.values())] for name, gain in knob.items()]),
+              f"The same weights as v1, asked for no score: reward {unasked['reward']:.3f}, true quality "
+              f"{unasked['quality']:.3f}; run as v2 and asked for {score:g}: "
+              f"{numbers['SFT only, v1 -> v2']['reward']:.3f} and {numbers['SFT only, v1 -> v2']['quality']:.3f}.",
+              f"Verdict: {verdict}"]
 
     def draw(axes):
         names = list(found)
