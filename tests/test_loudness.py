@@ -80,6 +80,22 @@ def test_pyloudnorm_ends_quiet_and_short_clips_well():
     assert loudness(torch.zeros(1, 0), 16000) == -math.inf
 
 
+def test_pyloudnorm_levels_files_beside_their_originals(tmp_path, capsys):
+    pytest.importorskip("pyloudnorm")
+    import loudness
+    from audio import read_audio, write_wav
+    write_wav(tmp_path / "a.wav", 0.05 * torch.randn(2, 32000, generator=torch.Generator().manual_seed(0)), 16000)
+    loudness.main([str(tmp_path / "a.wav"), "--out", str(tmp_path / "levelled"), "--lufs", "-20"])
+    made = read_audio(tmp_path / "levelled" / "a.wav", 16000, 2)
+    assert loudness.loudness(made.numpy(), 16000) == pytest.approx(-20, abs=0.1)
+    assert "-20.0 LUFS" in capsys.readouterr().out
+    for arguments, what in (([str(tmp_path / "a.wav"), "--out", str(tmp_path)], "is where the files are"),
+                            ([str(tmp_path / "b.wav")], "b.wav"),
+                            ([str(tmp_path / "a.wav"), "--lufs", "3"], "--lufs is 3")):
+        with pytest.raises(UserError, match=what):
+            loudness.main([*arguments, *([] if "--out" in arguments else ["--out", str(tmp_path / "x")])])
+
+
 def test_without_the_package_one_line_says_what_to_install(monkeypatch, tmp_path):
     import sample
     monkeypatch.setitem(sys.modules, "pyloudnorm", None)
