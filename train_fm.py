@@ -581,10 +581,14 @@ def main():
     which = "latest" if args.save_weights == "raw" else "averaged"
     print(f"wrote {args.out}: tangoflux.safetensors ({which} weights), "
           f"vae.safetensors, text_encoder/, config.json, ema.safetensors, state.pt, log.jsonl"
-          f"{', reading.json' * (Path(args.out) / 'reading.json').is_file()}{pictures}")
+          f"{', reading.json' * (Path(args.out) / 'reading.json').is_file()}{', averages/' * bool(args.sigma_rel)}"
+          f"{pictures}")
     if step < steps:
         print(f"stopped at step {step} of {steps}: the same command goes on")
-    print(f'next: python sample.py --checkpoint {args.out} --prompt "rain followed by a violin"')
+    score = " --score 1 --guidance_scale 1.5" if args.score_column else ""
+    print(f'next: python sample.py --checkpoint {args.out}{score} --prompt "rain followed by a violin"')
+    if args.score_column:
+        print(f"      or python expert_iteration.py --checkpoint {args.out} --data {args.data}")
 
 
 if __name__ == "__main__":
