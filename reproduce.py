@@ -260,7 +260,8 @@ def attm_figure2(lab):
 
     def rise(name):
         inside = [score for score in grid if score <= top]      # the training range
-        value = metrics.spearman(np.array(inside), np.array([numbers[name][f"{score:g}"]["reward"] for score in inside]))
+        rewards = [numbers[name][f"{score:g}"]["reward"] for score in inside]
+        value = metrics.spearman(np.array(inside), np.array(rewards))
         return f"{value:.2f}" if value == value else "undefined"
     numbers["range"] = {name: reach(name) for name in ("SFT only", "hybrid")}
     numbers["spearman in the training range"] = rises = {name: rise(name) for name in ("SFT only", "hybrid")}
