@@ -24,14 +24,16 @@ import torch.nn as nn
 import torch.nn.functional as functional
 
 from audio import resample
-from common import UserError, load_exactly, load_tensors, read_json, save_tensors, write_json
+from common import UserError, read_json, save_tensors, write_json
 from model import model_folder
-from text import check_finite, read_tokenizer, refuse_pickles, well_formed
+from text import read_tokenizer, well_formed
+from weights import check_finite, find_weights, load_weights
 
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
          "vocab.json", "merges.txt"]
 MAX_TOKENS = 77         # laion_clap pads and cuts texts to this; a model with fewer positions cuts earlier
 BEFORE_LOG = 1e-10      # power below this is -100 dB
+POSITIONS = "text_model.embeddings.position_ids"        # 0, 1, 2, ...: transformers saved it once, not now
 
 
 # ----------------------------------------------------------------------------- audio -> log-mel
@@ -203,20 +205,12 @@ def load_clap(source, device="cpu"):
         raise UserError(f"{source} is missing; python reward.py train_clap trains a CLAP, --reward, --judge or --clap "
                         "names its folder")
     folder = model_folder(source, FILES)
-    refuse_pickles(folder, "model.safetensors")
-    tensors = load_tensors(folder / "model.safetensors")
+    if not (Path(source).is_dir() or (folder / "model.safetensors").is_file()):
+        folder = model_folder(source, [*FILES, "pytorch_model.bin"])            # an older repository of the hub
+    weights = find_weights(folder, "model.safetensors")
     configs = [read_json(folder / name) for name in ("config.json", "preprocessor_config.json")]
     if not all(isinstance(config, dict) for config in configs):
         raise UserError(f"{folder}: config.json or preprocessor_config.json is not a JSON object")
     clap = build(configs[0], read_tokenizer(folder), configs[1])
-    load_weights(clap, tensors, folder / "model.safetensors")
+    load_weights(clap.clap, weights, optional=(POSITIONS,))
     return clap.to(device).eval()
-
-
-def load_weights(clap, tensors, what):
-    """Load {name: tensor} into clap.clap exactly; the buffer of positions 0, 1, 2, ... may be there or not."""
-    positions = "text_model.embeddings.position_ids"       # transformers saved it once, then not, now again
-    own = clap.clap.state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if name != positions}
-    tensors |= {positions: own[positions]} if positions in own else {}
-    load_exactly(clap.clap, check_finite(tensors, what), str(what))

@@ -214,15 +214,19 @@ def load_exactly(module, tensors, what):
 
     Tensors are cast to the module's dtype (the bundled weights are float16, the modules float32).
     """
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in own]
-    problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-                 for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    missing_and_unknown(module.state_dict(), {name: tensor.shape for name, tensor in tensors.items()}, what)
+    module.load_state_dict(tensors)
+
+
+def missing_and_unknown(own, shapes, what):
+    """UserError listing what separates the tensors that a module has ("own") from the {name: shape} of a file."""
+    problems = [f"missing {name}" for name in own if name not in shapes]
+    problems += [f"unknown {name}" for name in shapes if name not in own]
+    problems += [f"{name} is {tuple(shapes[name])}, expected {tuple(own[name].shape)}"
+                 for name in own if name in shapes and tuple(shapes[name]) != tuple(own[name].shape)]
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(f"{what} does not fit its config: {shown}")
-    module.load_state_dict(tensors)
 
 
 def file_hash(*paths):

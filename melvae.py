@@ -295,9 +295,13 @@ class MelVAE(nn.Module):
         audio = F.pad(audio, (0, -audio.shape[-1] % self.hop))
         return self.encode_mel(self.mel(audio))
 
-    def decode(self, latents):
-        """Raw latents (B, L, C) -> audio (B, 1, L * hop), through the log-mel and Griffin-Lim."""
-        return griffin_lim(self.decode_mel(latents), self.mel)[:, None]
+    def decode(self, latents, frames=None):
+        """Raw latents (B, L, C) -> audio (B, 1, L * hop), through the log-mel and Griffin-Lim.
+
+        frames: only the samples of so many first frames; all are computed, for attention and phases see the whole.
+        """
+        audio = griffin_lim(self.decode_mel(latents), self.mel)[:, None]
+        return audio if frames is None else audio[..., :frames * self.hop]
 
     def normalise(self, latents):
         """Raw latents -> zero mean and unit variance per channel over the codec's training data."""

@@ -31,10 +31,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blocks import (AdaLN, DoubleBlock, DurationEmbedder, ScoreEmbed, SingleBlock, TimeTextEmbed, modulate,
-                    rope_tables)
-from common import UserError, load_exactly, load_tensors, read_json, save_tensors, warn, write_json
-from text import check_finite, fetch, load_text, null_tokens, refuse_pickles
+from blocks import (AdaLN, Attention, DoubleBlock, DurationEmbedder, Linear, ScoreEmbed, SingleBlock, TimeTextEmbed,
+                    modulate, rope_tables)
+from common import UserError, read_json, save_tensors, warn, write_json
+from text import fetch, load_text, null_tokens
+from weights import check_finite, empty, find_weights, load_weights
 
 PRESETS = {
     # learns the built-in world on two CPU cores: 4 heads x 48, 2 double + 4 single blocks (train_fm.py takes
@@ -114,14 +115,14 @@ class FluxTransformer(nn.Module):
         width, text_width = heads * head_width, config["joint_attention_dim"]
         self.axes = tuple(config["axes_dims_rope"])
         self.time_text_embed = TimeTextEmbed(text_width, width)
-        self.context_embedder = nn.Linear(text_width, width)
-        self.x_embedder = nn.Linear(config["in_channels"], width)
+        self.context_embedder = Linear(text_width, width)
+        self.x_embedder = Linear(config["in_channels"], width)
         self.transformer_blocks = nn.ModuleList(
             DoubleBlock(heads, head_width) for _ in range(config["num_layers"]))
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(heads, head_width) for _ in range(config["num_single_layers"]))
         self.norm_out = AdaLN(width, 2)
-        self.proj_out = nn.Linear(width, config["in_channels"])
+        self.proj_out = Linear(width, config["in_channels"])
         self.score_head = config.get("score_head")
         if self.score_head:
             self.score_embed = ScoreEmbed(config, width)
@@ -132,37 +133,71 @@ class FluxTransformer(nn.Module):
         `text_mask` (B, S) bool: False tokens are invisible as keys; None: all are visible (the official way).
         `score` (B,), NaN = none; None: none for all rows. Only a network with a score head takes one.
         """
-        frames = latents.shape[1]
-        temb = self.time_text_embed(t, pooled)                                                  # (B, D)
-        text, audio = self.context_embedder(text), self.x_embedder(latents)                     # (B, S|L, D)
+        return self.run(latents, self.prepare(t[None], text, pooled, latents.shape[1], text_mask, score)[0])
+
+    def prepare(self, ts, text, pooled, frames, text_mask=None, score=None):
+        """All that does not depend on the latents, for times ts (K, B): K Prepared, one for each time.
+
+        A sampler calls this once for many steps: their modulations are one product a block.
+        """
+        count, rows = ts.shape
+        temb = self.time_text_embed(ts.flatten(), pooled.repeat(count, 1))                      # (K B, D)
+        text, embedded = self.context_embedder(text), None                                      # (B, S, D)
         if self.score_head:
-            embedded = self.score_embed(null_score(latents) if score is None else score.to(latents.device))
+            score = null_score(text) if score is None else score.to(text.device)
+            embedded = self.score_embed(score)                                                  # (B, D), v4 (B, M+1, D)
             if self.score_head == "v1":
-                temb = temb + embedded
-            elif self.score_head == "v2":
-                audio = audio + embedded[:, None]
-            elif self.score_head == "v3":
-                audio = torch.cat([embedded[:, None].to(audio.dtype), audio], dim=1)            # (B, 1+L, D)
+                temb = temb + embedded.repeat(count, 1)
             elif self.score_head == "v4":
-                temb = [temb + each for each in embedded.unbind(1)]                             # M+1 x (B, D)
-            else:
+                temb = [temb + each.repeat(count, 1) for each in embedded.unbind(1)]            # M+1 x (K B, D)
+            elif self.score_head == "v5":
                 text = torch.cat([embedded[:, None].to(text.dtype), text], dim=1)               # (B, 1+S, D)
                 text_mask = None if text_mask is None else F.pad(text_mask, (1, 0), value=True)
         elif score is not None:
             raise ValueError("this network has no score head")
+        before = text.shape[1] + (self.score_head == "v3")      # tokens before the first frame stand at position 0:
+        rope = rope_tables(before, frames, self.axes, text.device)          # text, duration, a score's of v3 and v5
         visible = None
         if text_mask is not None:
-            visible = F.pad(text_mask, (0, audio.shape[1]), value=True)[:, None, None]          # (B, 1, 1, N)
-        # tokens before the first frame stand at position 0: text, duration, a score's token of v3 and v5
-        rope = rope_tables(text.shape[1] + audio.shape[1] - frames, frames, self.axes, latents.device)
-        silu_tembs = map(F.silu, temb) if self.score_head == "v4" else itertools.repeat(F.silu(temb))    # (B, D) each
+            visible = F.pad(text_mask, (0, before - text.shape[1] + frames), value=True)[:, None, None]     # (B,1,1,N)
+        silu_tembs = map(F.silu, temb) if self.score_head == "v4" else itertools.repeat(F.silu(temb))   # (K B, D) each
+        layers = [block.modulations(next(silu_tembs))
+                  for block in [*self.transformer_blocks, *self.single_transformer_blocks]]
+        layers.append(self.norm_out(next(silu_tembs)))
+        token = embedded if self.score_head in ("v2", "v3") else None
+        return [Prepared(text, token, [take(layer, slice(k * rows, (k + 1) * rows)) for layer in layers], rope, visible)
+                for k in range(count)]
+
+    def run(self, latents, prepared):
+        """Velocity of latents (B, L, C), all else being `prepared`: a step of a sampler."""
+        text, embedded, layers, rope, visible = prepared
+        audio = self.x_embedder(latents)                                                        # (B, L, D)
+        if self.score_head == "v2":
+            audio = audio + embedded[:, None]
+        elif self.score_head == "v3":
+            audio = torch.cat([embedded[:, None].to(audio.dtype), audio], dim=1)                # (B, 1+L, D)
+        layers = iter(layers)
         for block in self.transformer_blocks:
-            text, audio = block(text, audio, next(silu_tembs), rope, visible)
+            text, audio = block(text, audio, next(layers), rope, visible)
         x = torch.cat([text, audio], dim=1)                                                     # (B, N, D)
         for block in self.single_transformer_blocks:
-            x = block(x, next(silu_tembs), rope, visible)
-        scale, shift = self.norm_out(next(silu_tembs))           # in this order, unlike in the blocks
-        return self.proj_out(modulate(x[:, -frames:], shift, scale))                            # (B, L, C)
+            x = block(x, next(layers), rope, visible)
+        scale, shift = next(layers)                              # in this order, unlike in the blocks
+        return self.proj_out(modulate(x[:, -latents.shape[1]:], shift, scale))                  # (B, L, C)
+
+
+class Prepared(NamedTuple):
+    """What FluxTransformer.prepare makes for one time."""
+    text: torch.Tensor           # (B, S, D)
+    score: torch.Tensor | None   # (B, D), of v2 and v3
+    layers: list                 # modulations of each block and of the output, tensors (B, 1, D)
+    rope: tuple                  # cos, sin (N, A)
+    visible: torch.Tensor | None     # (B, 1, 1, N) bool
+
+
+def take(modulations, rows):
+    """The part `rows` of modulations, a tensor or nested tuples of them."""
+    return modulations[rows] if isinstance(modulations, torch.Tensor) else tuple(take(m, rows) for m in modulations)
 
 
 class Condition(NamedTuple):
@@ -182,18 +217,37 @@ class TangoFlux(nn.Module):
         self.config = check_config(config)
         text_width = self.config["joint_attention_dim"]
         self.transformer = FluxTransformer(self.config)
-        self.fc = nn.Sequential(nn.Linear(text_width, text_width), nn.ReLU())
+        self.fc = nn.Sequential(Linear(text_width, text_width), nn.ReLU())
         self.duration_emebdder = DurationEmbedder(text_width, self.config["max_duration"])
         init_weights(self)
 
     def condition_inputs(self, condition):
         """Condition -> text with the duration token at its END (B, S+1, T), pooled (B, T), mask (B, S+1) or None."""
-        text = condition.text.to(self.fc[0].weight.dtype)
+        text = condition.text.to(self.fc[0].bias.dtype)
         weights = condition.pooled_mask[..., None].to(text.dtype)                               # (B, S, 1)
         pooled = self.fc((text * weights).sum(1) / weights.sum(1).clamp(min=1))                 # (B, T)
         text = torch.cat([text, self.duration_emebdder(condition.duration).to(text.dtype)], 1)  # (B, S+1, T)
         mask = None if condition.mask is None else F.pad(condition.mask.bool(), (0, 1), value=True)
         return text, pooled, mask
+
+    def prepare(self, ts, condition, frames):
+        """FluxTransformer.prepare of a Condition with B rows at the times ts (K,), the same for all rows."""
+        text, pooled, mask = self.condition_inputs(condition)
+        return self.transformer.prepare(ts[:, None].expand(-1, len(text)), text, pooled, frames, mask, condition.score)
+
+    def pack(self, rows):
+        """Make this a network for sampling: q, k and v one product, on a CPU weights in oneDNN's order of storage.
+
+        `rows`: B N of the batches to come. The weights move: there is no state_dict afterwards, nor training.
+        """
+        for module in list(self.modules()):
+            if isinstance(module, Attention):
+                module.fuse()
+        with torch.inference_mode():
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.pack(rows)
+        return self
 
     def velocity(self, latents, t, condition):
         """Noise minus data at x_t: latents (B, L, C) normalised, t (B,), Condition with B rows -> (B, L, C)."""
@@ -333,41 +387,44 @@ def resolve(folder, part):
     raise UserError(f"{folder}/config.json: the references for {part} lead in a circle")
 
 
-def load_flow(folder, config, dtype):
-    """TangoFlux of a folder and the text encoder's weights that some official files carry along ({} if none)."""
-    refuse_pickles(folder, "tangoflux.safetensors")
-    path = folder / "tangoflux.safetensors"
-    tensors = load_tensors(path)
-    text = {name.removeprefix("text_encoder."): tensor for name, tensor in tensors.items()
-            if name.startswith("text_encoder.")}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("text_encoder.")}
-    with torch.device("meta"):             # no random initialisation in vain
+def flow_and_text_weights(folder):
+    """Weights of the flow in a folder, and of the text encoder that some official files carry along (None if not)."""
+    weights = find_weights(folder, "tangoflux.safetensors")
+    names = {name.removeprefix("text_encoder."): name for name in weights if name.startswith("text_encoder.")}
+    return weights.named({name: name for name in weights if not name.startswith("text_encoder.")}), (
+        weights.named(names) if names else None)
+
+
+def load_flow(weights, config, dtype):
+    """A TangoFlux of `config` with these weights, cast to `dtype`; no random numbers are drawn in vain."""
+    with torch.device("meta"):
         flow = TangoFlux(config)
-    flow = flow.to(dtype).to_empty(device="cpu")
-    load_exactly(flow, check_finite(tensors, path), str(path))
-    return flow, text
+    flow = empty(flow, dtype)
+    load_weights(flow, weights)
+    return flow
 
 
 def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", "text")):
     """Read a model folder or hub id -> namespace .flow .codec .text (None where not in `parts`) .config .folder.
 
     Layout: config.json, tangoflux.safetensors, vae.safetensors, text_encoder/. Everything is in eval mode. Weights
-    must fit the config exactly and are cast to `dtype`; the codec stays float32, T5 too if `dtype` is float16.
+    must fit the config exactly; the flow is cast to `dtype`, codec and text encoder stay float32.
     """
     folder = model_folder(name)
     config = read_config(folder)
-    flow = codec = text = None
-    carried = {}
+    flow = codec = text = carried = None
     if "flow" in parts or "text" in parts:
-        checked = check_config(read_config(resolve(folder, "flow")))
-    if "flow" in parts:
-        flow, carried = load_flow(resolve(folder, "flow"), checked, dtype)
-        flow = flow.to(device).eval()
+        place = resolve(folder, "flow")
+        checked = check_config(read_config(place))
+        if "flow" in parts or "/" in checked["text_encoder_name"]:       # only an official file may carry a T5
+            weights, carried = flow_and_text_weights(place)
     if "text" in parts:
-        text = load_text(resolve(folder, "text_encoder"), checked, carried, dtype).to(device)
+        text = load_text(resolve(folder, "text_encoder"), checked, carried, torch.float32).to(device)
         if text.width != checked["joint_attention_dim"]:
             raise UserError(f"{folder}: the text encoder is {text.width} wide, "
                             f"but joint_attention_dim is {checked['joint_attention_dim']}")
+    if "flow" in parts:
+        flow = load_flow(weights, checked, dtype).to(device).eval()
     if "codec" in parts:
         from vae import load_codec
         codec = load_codec(folder, device)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
+from weights import empty
 
 # Stable Audio Open 1.0, vae/config.json: hop 2048, 44.1 kHz stereo, C = 64, 156,112,514 parameters.
 OOBLECK_DEFAULTS = {
@@ -42,12 +43,13 @@ TOY_OOBLECK_TRAINING = {"learning_rate": 3e-3, "beta1": 0.8, "batch_size": 4, "c
 DILATIONS = (1, 3, 9)
 KERNEL = 7
 INITIAL_SCALE = -4.0            # softplus(-4) = 0.018: see Oobleck.__init__
+CHUNK = 128                     # frames decoded at a time: at full size activations of 0.6 GB
 
 
 # ----------------------------------------------------------------------------- layers
 
 class Snake(nn.Module):
-    """Snake: x + sin(a x)^2 / b per channel, with a = exp(alpha), b = exp(beta); (B, H, N) -> (B, H, N)."""
+    """Snake: x + sin(a x)^2 / b per channel, with a = exp(alpha), b = exp(beta); (B, H, N) or (B, H, 1, N)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -55,14 +57,21 @@ class Snake(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1))
 
     def forward(self, x):
-        return x + torch.sin(self.alpha.exp() * x).square() / (self.beta.exp() + 1e-9)
+        a, b = self.alpha.exp(), self.beta.exp() + 1e-9
+        if x.dim() == 4:
+            a, b = a[..., None], b[..., None]
+        if torch.is_grad_enabled():
+            return x + torch.sin(a * x).square() / b
+        wave = (a * x).sin_()           # the same in place, three times as fast: a third of a decoder's work is here
+        return wave.mul_(wave).div_(b).add_(x)
 
 
 class WeightNormConv(nn.Module):
     """A (transposed) 1D convolution with weight = g v / ||v||; the norm is over all dimensions but the first.
 
     The parameters are called weight_g and weight_v as in the official file. The first dimension of a
-    transposed convolution's weight is its INPUT channel, so g is (in, 1, 1) there.
+    transposed convolution's weight is its INPUT channel, so g is (in, 1, 1) there. Takes (B, H, N), or (B, H, 1, N)
+    with channels last (see `spread`).
     """
 
     def __init__(self, channels_in, channels_out, kernel, stride=1, padding=0, dilation=1, bias=True,
@@ -74,24 +83,48 @@ class WeightNormConv(nn.Module):
         self.weight_g = nn.Parameter(initial.weight.detach().norm(dim=(1, 2), keepdim=True))
         self.weight_v = nn.Parameter(initial.weight.detach().clone())
         self.settings = {"stride": stride, "padding": padding, "dilation": dilation}
+        self.settings_2d = {"stride": (1, stride), "padding": (0, padding), "dilation": (1, dilation)}
         self.convolve = F.conv_transpose1d if transposed else F.conv1d
+        self.convolve_2d = F.conv_transpose2d if transposed else F.conv2d
         self.register_buffer("folded", None, persistent=False)
+        self.fold = False
 
     def weight(self):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(1, 2), keepdim=True))
 
     def forward(self, x):
-        weight = self.weight() if self.folded is None else self.folded
-        return self.convolve(x, weight, self.bias, **self.settings)
+        weight = self.folded
+        if weight is None:
+            weight = self.weight()
+            if x.dim() == 4:
+                weight = weight[:, :, None].contiguous(memory_format=torch.channels_last)
+            if self.fold:               # at first use: a sampler never uses the encoder
+                self.folded = weight = weight.detach()
+        if x.dim() == 4:
+            weight = weight if weight.dim() == 4 else weight[:, :, None]
+            return self.convolve_2d(x, weight, self.bias, **self.settings_2d)
+        return self.convolve(x, weight if weight.dim() == 3 else weight[:, :, 0], self.bias, **self.settings)
 
     def train(self, mode=True):
         if mode:
-            self.folded = None          # g and v are about to change
+            self.fold, self.folded = False, None        # g and v are about to change
         return super().train(mode)
 
     def _load_from_state_dict(self, *arguments):
         self.folded = None
         super()._load_from_state_dict(*arguments)
+
+
+def spread(x):
+    """(B, H, N) -> (B, H, 1, N) with channels last on a CPU without gradients, where that takes 0.6 of the time."""
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return x
+    return x[:, :, None].contiguous(memory_format=torch.channels_last)
+
+
+def gather(x):
+    """The inverse of `spread`."""
+    return x if x.dim() == 3 else x[:, :, 0].contiguous()
 
 
 class ResidualUnit(nn.Module):
@@ -150,10 +183,10 @@ class Encoder(nn.Module):
         self.conv2 = WeightNormConv(widths[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, audio):
-        x = self.conv1(audio)                                           # (B, H, N)
+        x = self.conv1(spread(audio))                                   # (B, H, N)
         for block in self.block:
             x = block(x)
-        return self.conv2(self.snake1(x))                               # (B, 2C, L)
+        return gather(self.conv2(self.snake1(x)))                       # (B, 2C, L)
 
 
 class Decoder(nn.Module):
@@ -168,10 +201,10 @@ class Decoder(nn.Module):
         self.conv2 = WeightNormConv(hidden, audio_channels, KERNEL, padding=KERNEL // 2, bias=False)
 
     def forward(self, latents):
-        x = self.conv1(latents)                                         # (B, H, L)
+        x = self.conv1(spread(latents))                                 # (B, H, L)
         for block in self.block:
             x = block(x)
-        return self.conv2(self.snake1(x))                               # (B, channels, N)
+        return gather(self.conv2(self.snake1(x)))                       # (B, channels, N)
 
 
 # ----------------------------------------------------------------------------- lengths and margins
@@ -291,10 +324,10 @@ class Oobleck(nn.Module):
         return latents * self.latent_std + self.latent_mean
 
     def fold(self):
-        """Compute g v / ||v|| once, for inference; the state_dict stays. Training or loading undoes it."""
+        """Compute g v / ||v|| once, where it is first used, for inference; the state_dict stays. Training undoes it."""
         for module in self.eval().modules():
             if isinstance(module, WeightNormConv):
-                module.folded = module.weight().detach()
+                module.fold, module.folded = True, None
         return self
 
     def encode(self, audio, chunk_frames=None):
@@ -312,10 +345,29 @@ class Oobleck(nn.Module):
         mean, scale = moments.transpose(1, 2).chunk(2, dim=-1)          # (B, L, C) each
         return mean, F.softplus(scale) + 1e-4
 
-    def decode(self, latents, chunk_frames=None):
-        """Raw latents (B, L, C) -> audio (B, channels, L * hop); odd strides lose a few samples."""
-        source, frames = latents.transpose(1, 2), latents.shape[1]      # (B, C, L)
-        return run_in_chunks(self.decoder, source, frames, chunk_frames, self.decode_margin, 1, self.hop)
+    def decode(self, latents, chunk_frames=None, frames=None):
+        """Raw latents (B, L, C) -> audio (B, channels, L * hop); odd strides lose a few samples.
+
+        frames: only the samples of so many first frames, the same as in the whole; no more is computed than they
+        depend on, a chunk at a time.
+        """
+        source, length = latents.transpose(1, 2), latents.shape[1]      # (B, C, L)
+        if frames is not None:
+            length = min(frames + self.decode_margin, length)
+            source = source[..., :length]
+            chunk_frames = chunk_frames or math.ceil(length / math.ceil(length / CHUNK))
+        audio = run_in_chunks(self.decoder, source, length, chunk_frames, self.decode_margin, 1, self.hop)
+        return audio if frames is None else audio[..., :frames * self.hop]
+
+
+def empty_oobleck(**config):
+    """An Oobleck whose weights are memory and nothing else yet: they will be loaded."""
+    with torch.device("meta"):
+        codec = Oobleck(**config)
+    codec = empty(codec)
+    codec.latent_mean.zero_()
+    codec.latent_std.fill_(1.0)
+    return codec
 
 
 # ----------------------------------------------------------------------------- losses

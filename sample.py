@@ -12,8 +12,15 @@ latent channels, S text tokens, D text width.
 
 Where the official sampler and this one differ: every prompt of a batch has its own null row (the official
 code stops at several prompts), a guidance scale of 1 is the conditional branch alone (there: an error),
-sample i has its own noise made from (seed, i) whatever the batch, and no row sees the padding of another.
-Prompts are cut at the training length (64 tokens), not at the tokenizer's 512.
+sample i has its own noise made from (seed, i) whatever the batch (there: every prompt the same; --noise official),
+and no row sees the padding of another. As there: T5 of "" is the null, at the prompt's own length; all frames are made
+(--crop_latents: those of the duration) and the audio is cut to int(duration * rate) samples, so that 30 s last 29.95;
+prompts are cut where the text encoder says, FLAN-T5's 512 tokens (training: 64; --max_text_length).
+`--profile official --seed 0` gives the numbers of TangoFluxInference.generate.
+
+What makes it quick is the same on every device: text is encoded once and T5 released; modulations of all steps are one
+product; q, k and v one; both branches of guidance one batch; bfloat16 where the hardware multiplies in it; of the
+latents only those are decoded that the duration needs. On a CPU, oneDNN multiplies (blocks.Linear).
 """
 import argparse
 import math
@@ -27,9 +34,10 @@ from tqdm import tqdm
 
 from common import (UserError, check_writable, choose_device, generator, in_range, parse_arguments, run_main,
                     side_by_side, warn)
-from model import (Condition, concat_conditions, encode_prompts, load_model, null_condition, null_score,
-                   take_rows)
+from model import (Condition, check_config, concat_conditions, encode_prompts, load_model, model_folder,
+                   null_condition, null_score, read_config, resolve, take_rows)
 from text import well_formed
+from training import dtype_for
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "checkpoints" / "toy" / "base"
@@ -39,7 +47,11 @@ DEFAULT_PROMPT = "a violin followed by rain"
 # the second paper's submissions (III-E): joint guidance on text and a score beyond those of training
 SUBMISSION = {"score": 5.0, "guidance_scale": 4.0, "steps": 25, "solver": "euler", "lufs": -16.5,
               "prompt_prefix": "high quality instrumental music, "}
-PROFILES = {"attm_sub1": {**SUBMISSION, "seed": 42}, "attm_sub2": {**SUBMISSION, "seed": 55}}
+PROFILES = {"attm_sub1": {**SUBMISSION, "seed": 42}, "attm_sub2": {**SUBMISSION, "seed": 55},
+            "tangoflux": {"guidance_scale": 4.5, "steps": 50, "solver": "euler"},
+            # TangoFluxInference.generate, number by number (its float32, too)
+            "official": {"guidance_scale": 4.5, "steps": 25, "solver": "euler", "noise": "official",
+                         "max_text_length": 512, "dtype": "float32"}}
 
 
 # ----------------------------------------------------------------------------- the algorithm
@@ -70,6 +82,7 @@ def heun(velocity_fn, x, ts):
 
 
 SOLVERS = {"euler": euler, "heun": heun}
+AHEAD = 2 ** 26             # numbers of modulations held for steps to come: 0.1 to 0.3 GB
 EVALUATIONS = {"euler": 1, "heun": 2}  # network calls a step; guidance makes each of them twice as wide
 
 
@@ -86,37 +99,66 @@ def guide_two(both, text, neither, guidance_scale, score_scale):
     return neither + guidance_scale * (text - neither) + score_scale * (both - text)
 
 
-def guided_velocity(flow, condition, null, guidance_scale, score_scale=None):
-    """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision.
+def prepared_velocity(flow, condition, ts=None):
+    """velocity(x (B, L, C), t scalar) of a condition's rows, in x's own precision.
+
+    What does not depend on x (text, rotations, and the modulations of every block) is computed for many of the times
+    `ts` at once: as many as AHEAD numbers hold. None: for each time when it comes.
+    """
+    dtype, ready = next(flow.parameters()).dtype, {}
+    config, rows = flow.config, len(condition.text)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    numbers = rows * width * (12 * config["num_layers"] + 3 * config["num_single_layers"] + 2)     # of one time
+    times = [] if ts is None else ts.tolist()
+
+    def velocity(x, t):
+        key = t.item()
+        if key not in ready:
+            first = times.index(key) if key in times else None
+            some = t[None] if first is None else ts[first:first + max(1, AHEAD // numbers)]
+            ready.clear()
+            ready.update(zip(some.tolist(), flow.prepare(some.to(condition.text.device), condition, x.shape[1])))
+        return flow.transformer.run(x.to(dtype), ready[key]).to(x.dtype)
+    return velocity
+
+
+def guided_velocity(flow, condition, null, guidance_scale, score_scale=None, ts=None):
+    """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision; `ts`: the times to come, if known.
 
     Both branches are one batch [uncond; cond], in the official order; without `null` (None) there is the
     conditional one alone. A condition with a score is guided jointly (second paper, Eq. 2: the null has neither text
     nor score), or with `score_scale` in three branches [uncond; text alone; text and score].
     """
-    dtype = next(flow.parameters()).dtype
-    if score_scale is not None and condition.score is not None and null is not None:
+    if null is None:
+        return prepared_velocity(flow, condition, ts)
+    if score_scale is not None and condition.score is not None:
         text_alone = condition._replace(score=null_score(condition.score))
         three = concat_conditions(concat_conditions(null, text_alone), condition)              # 3B rows
+        three_branches = prepared_velocity(flow, three, ts)
 
-        def three_branches(x, t):
-            tripled = torch.cat([x, x, x]).to(dtype)                               # (3B, L, C)
-            neither, text, both = flow.velocity(tripled, t.to(x).expand(len(tripled)), three).to(x.dtype).chunk(3)
+        def velocity_fn(x, t):
+            neither, text, both = three_branches(torch.cat([x, x, x]), t).chunk(3)             # (B, L, C) each
             return guide_two(both, text, neither, guidance_scale, score_scale)
-        return three_branches
-    if null is None:
-        return lambda x, t: flow.velocity(x.to(dtype), t.to(x).expand(len(x)), condition).to(x.dtype)
-    both = concat_conditions(null, condition)                                      # 2B rows
+        return velocity_fn
+    two_branches = prepared_velocity(flow, concat_conditions(null, condition), ts)             # 2B rows
 
     def velocity_fn(x, t):
-        doubled = torch.cat([x, x]).to(dtype)                                      # (2B, L, C)
-        uncond, cond = flow.velocity(doubled, t.to(x).expand(len(doubled)), both).to(x.dtype).chunk(2)
-        return guide(cond, uncond, guidance_scale)                                 # (B, L, C)
+        uncond, cond = two_branches(torch.cat([x, x]), t).chunk(2)                             # (B, L, C) each
+        return guide(cond, uncond, guidance_scale)
     return velocity_fn
 
 
 def noise_for(seed, indices, shape):
     """Noise of the samples `indices`, (B, *shape) float32 on the CPU: row i depends on (seed, i) alone."""
     return torch.stack([torch.randn(shape, generator=generator(seed, index)) for index in indices])
+
+
+def official_noise(seed, counts, shape):
+    """The noise of the official sampler: torch's generator seeded anew for each prompt, whose samples are one draw.
+
+    counts: samples of each prompt in a row -> (sum of counts, *shape) float32.
+    """
+    return torch.cat([torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed)) for count in counts])
 
 
 def negative_condition(text, negative_prompt, condition):
@@ -136,51 +178,80 @@ def negative_condition(text, negative_prompt, condition):
 
 # ----------------------------------------------------------------------------- prompts -> latents -> audio
 
+def encode_conditions(text, prompts, durations, guidance_scale=3.0, negative_prompt=None, batch_size=16, score=None):
+    """What `generate` feeds the flow with: a list of (condition, null or None), one for each batch.
+
+    Where no row has padding the masks are None, as in the official code: attention without a mask is quicker.
+    """
+    device, conditions = text.t5.shared.weight.device, []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        with torch.inference_mode():
+            seconds = torch.tensor(durations[rows], dtype=torch.float32, device=device)
+            scores = None if score is None else torch.full((len(seconds),), float(score), device=device)
+            condition, null = encode_prompts(text, prompts[rows], seconds, score=scores), None
+            if guidance_scale != 1:
+                null = (negative_condition(text, negative_prompt, condition) if negative_prompt else
+                        null_condition(text, condition))
+            both = [condition] if null is None else [condition, null]
+            if all(each.mask.all() for each in both) and len({each.text.shape[1] for each in both}) == 1:
+                both = [each._replace(mask=None) for each in both]
+        conditions.append((both[0], both[1] if null is not None else None))
+    return conditions
+
+
+def frames_of(codec, seconds):
+    """Latent frames that hold the first int(seconds * rate) samples (the official cut), at least 1."""
+    return max(1, math.ceil(int(seconds * codec.sampling_rate) / codec.hop))
+
+
 def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance_scale=3.0, solver="euler",
-             negative_prompt=None, batch_size=16, progress=False, score=None, score_scale=None):
+             negative_prompt=None, batch_size=16, progress=False, score=None, score_scale=None, conditions=None,
+             noise=None, crop=False):
     """Sample one latent per prompt: raw latents (B, L, C), float32 on the CPU.
 
     durations: seconds, one per prompt. indices: the i in the (seed, i) that makes each sample's noise,
     default 0, 1, ... Dropout is off while sampling whatever the mode of the networks, which is put back (a
     training loop may call this). score: what a model with a score head is asked for (None: nothing); score_scale: its
-    own guidance (None: that of the text). Raises UserError if there is no head.
+    own guidance (None: that of the text). conditions: those of encode_conditions, made before with the same settings
+    (model.text may then be None). noise (B, L, C): in the place of (seed, i). crop: denoise only the frames of each
+    duration, as if there were no more (an approximation: the model was trained on all L); the others are 0.
+    Raises UserError if there is no head.
     """
-    flow, text, codec = model.flow, model.text, model.codec
+    flow, codec = model.flow, model.codec
     if score is not None and not flow.config.get("score_head"):
         raise UserError("--score needs a model with a score head, which this one has not: train_fm.py --score_column "
                         "makes one")
     device = next(flow.parameters()).device
     indices = list(range(len(prompts))) if indices is None else list(indices)
-    ts = schedule(steps).to(device)
+    ts = schedule(steps)
     shape = (flow.config["audio_seq_len"], flow.config["in_channels"])
     bar = progress_bar(progress, len(prompts) * steps * EVALUATIONS[solver], "sampling")
-    modes = [(module, module.training) for module in (flow, text)]
+    modes = [(module, module.training) for module in (flow, model.text) if module is not None]
     samples = []
     try:
         for module, _ in modes:
             module.eval()
-        for start in range(0, len(prompts), batch_size):
+        conditions = conditions or encode_conditions(model.text, prompts, durations, guidance_scale, negative_prompt,
+                                                     batch_size, score)
+        for start, (condition, null) in zip(range(0, len(prompts), batch_size), conditions):
             rows = slice(start, start + batch_size)
-            with torch.inference_mode():
-                seconds = torch.tensor(durations[rows], dtype=torch.float32, device=device)
-                scores = None if score is None else torch.full((len(seconds),), float(score), device=device)
-                condition = encode_prompts(text, prompts[rows], seconds, score=scores)
-                if guidance_scale == 1:
-                    null = None
-                elif negative_prompt:
-                    null = negative_condition(text, negative_prompt, condition)
-                else:
-                    null = null_condition(text, condition)
-                noise = noise_for(seed, indices[rows], shape).to(device)           # (B, L, C), t = 1
+            x0 = noise[rows] if noise is not None else noise_for(seed, indices[rows], shape)
+            x0 = x0.to(device)                                                     # (B, L, C), t = 1
+            frames = [min(frames_of(codec, seconds), shape[0]) if crop else shape[0] for seconds in durations[rows]]
 
             @torch.inference_mode()
             def solve(piece):
+                size = frames[piece[0]]
                 velocity_fn = guided_velocity(flow, take_rows(condition, piece), null and take_rows(null, piece),
-                                              guidance_scale, score_scale)
+                                              guidance_scale, score_scale, ts)
                 if bar is not None:
                     velocity_fn = counted(velocity_fn, bar)
-                return codec.denormalise(SOLVERS[solver](velocity_fn, noise[piece], ts)).float().cpu()
-            samples += side_by_side(solve, even_slices(len(noise), device), device)
+                latents = SOLVERS[solver](velocity_fn, x0[piece, :size], ts)
+                return F.pad(codec.denormalise(latents).float().cpu(), (0, 0, 0, shape[0] - size))
+            pieces = even_pieces(frames, device)
+            found = torch.cat(side_by_side(solve, pieces, device))
+            samples.append(found[torch.tensor([i for piece in pieces for i in piece]).argsort()])
     finally:
         for module, training in modes:
             module.train(training)
@@ -189,33 +260,45 @@ def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance
     return torch.cat(samples)  # made outside of inference_mode: usable as training data
 
 
-def even_slices(count, device):
-    """`count` rows as slices for side_by_side: one for each of a CPU's threads, a single one elsewhere."""
-    size = math.ceil(count / torch.get_num_threads()) if device.type == "cpu" else count
-    return [slice(start, start + size) for start in range(0, count, size)]
+def even_pieces(frames, device):
+    """The rows of a batch as pieces (lists) for side_by_side, the rows of a piece equally many `frames` long.
+
+    One piece for each of a CPU's threads, a single one elsewhere; with several lengths, at least one for each.
+    """
+    size = math.ceil(len(frames) / torch.get_num_threads()) if device.type == "cpu" else len(frames)
+    pieces = []
+    for length in dict.fromkeys(frames):
+        rows = [i for i, each in enumerate(frames) if each == length]
+        pieces += [rows[start:start + size] for start in range(0, len(rows), size)]
+    return pieces
 
 
-def decode(model, latents, durations=None, batch_size=16, progress=False):
+def decode(model, latents, durations=None, batch_size=16, progress=False, cropped=False):
     """Raw latents (B, L, C) -> list of audio (channels, samples) in [-1, 1] on the CPU.
 
-    All L frames are decoded, then each clip is cut to int(duration * rate) samples, as the official code
-    does; durations None leaves the clips whole.
+    Each clip is cut to int(duration * rate) samples, as the official code does, and no more is decoded than those
+    samples depend on; durations None leaves the clips whole. cropped: latents of generate(..., crop=True), which end
+    where the duration does.
     """
     codec = model.codec
     reference = next(codec.parameters())
     bar = progress_bar(progress, len(latents), "decoding")
-    audios = []
-    for start in range(0, len(latents), batch_size):
-        batch = latents[start:start + batch_size].to(reference.device, reference.dtype)
+    frames = [latents.shape[1] if durations is None else min(frames_of(codec, seconds), latents.shape[1])
+              for seconds in durations or latents]
+    pieces, audios = [list(range(i, min(i + batch_size, len(latents)))) for i in range(0, len(latents), batch_size)], {}
+    if cropped:
+        pieces = even_pieces(frames, torch.device("meta"))
+    for piece in pieces:
+        longest = max(frames[i] for i in piece)
+        batch = latents[piece, :longest if cropped else None].to(reference.device, reference.dtype)
         with torch.inference_mode():
-            audios.extend(codec.decode(batch).float().cpu().unbind(0))             # B x (channels, samples)
+            audios |= dict(zip(piece, codec.decode(batch, frames=longest).float().cpu()))      # (channels, samples)
         if bar is not None:
             bar.update(len(batch))
     if bar is not None:
         bar.close()
-    if durations is None:
-        return audios
-    return [audio[:, :max(1, int(duration * codec.sampling_rate))] for audio, duration in zip(audios, durations)]
+    ends = [None if durations is None else max(1, int(seconds * codec.sampling_rate)) for seconds in durations or latents]
+    return [audios[i][:, :end] for i, end in enumerate(ends)]
 
 
 def progress_bar(wanted, total, what):
@@ -318,10 +401,18 @@ def make_parser():
                             "10, 15)")
     group.add_argument("--reward", help="folder or hub id of the CLAP that scores them (default: the bundled one; "
                                         "paper: laion/clap-htsat-unfused)")
+    group.add_argument("--noise", choices=["indexed", "official"], default="indexed", help="sample i from (seed, i), or "
+                       "as the official code: the seed anew for each prompt, whose samples are one draw (default: "
+                       "indexed)")
+    group.add_argument("--max_text_length", type=int, help="tokens of a prompt (default: the text encoder's, 64 for the "
+                       "toy and FLAN-T5's 512; paper: 64 in training, official sampler 512)")
+    group.add_argument("--crop_latents", action="store_true", help="denoise the frames of the duration alone, faster "
+                       "and a little worse (default: all, as the paper)")
     group.add_argument("--first_index", type=int, default=0, metavar="I",
                        help="the first sample is made from (seed, I), the next from (seed, I + 1), ... (default 0; "
                             "the index in a scores.jsonl makes that clip again)")
     add_sampling_flags(parser)
+    parser.set_defaults(guidance_scale=None)                # depends on the model: see default_guidance
     group = parser.add_argument_group("score (second paper, III-B and III-E)")
     group.add_argument("--score", type=float, help="what a model with a score head is asked for, in the units of its "
                        "training scores (default: nothing; second paper: 5.0)")
@@ -329,8 +420,9 @@ def make_parser():
                        "(default: the same as the text's, as Eq. 2 of the second paper)")
     group.add_argument("--prompt_prefix", default="", help='put before every prompt (default: none; second paper: '
                        '"high quality instrumental music, ")')
-    group.add_argument("--profile", choices=list(PROFILES), help="all settings of a submission of the second paper, "
-                       "but for Demucs; flags given beside it win")
+    group.add_argument("--profile", choices=list(PROFILES), help="all settings of: tangoflux, the paper; official, its "
+                       "code's generate(); attm_sub1 and 2, the second paper's submissions, but for Demucs; flags given "
+                       "beside it win")
     group.add_argument("--lufs", type=float, help="normalise loudness to so many LUFS (needs pyloudnorm; default: not; "
                        "second paper: -16.5)")
     group.add_argument("--true_peak", type=float, default=-1.0, metavar="DB", help="ceiling of --lufs, which limits "
@@ -338,7 +430,9 @@ def make_parser():
     group = parser.add_argument_group("where")
     group.add_argument("--output", default="out", help="a .wav file, or a folder (default out)")
     group.add_argument("--plot", action="store_true", help="a spectrogram picture beside each WAV (needs matplotlib)")
-    add_model_flags(parser)
+    add_model_flags(parser, dtype="auto")
+    group.add_argument("--compile", action="store_true", help="let torch.compile make the flow's step: a minute or more "
+                       "before the first, for many samples on a GPU (default: not)")
     return parser
 
 
@@ -347,8 +441,8 @@ def add_sampling_flags(parser, names=("steps", "guidance_scale", "solver", "seed
     group = parser.add_argument_group("sampler")
     flags = {"steps": dict(type=int, default=steps, help=f"solver steps (default {steps}; paper 50, section 3.3)"),
              "guidance_scale": dict(type=float, default=guidance_scale, help="classifier-free guidance; 1 is the "
-                                    "conditional model alone (default %(default)s; paper 4.5, section 3.3, and A.6; "
-                                    "second paper 4.0)"),
+                                    f"conditional model alone (default {guidance_scale}; paper 4.5, section 3.3, and "
+                                    "A.6, which sample.py takes with an Oobleck codec; second paper 4.0)"),
              "solver": dict(choices=list(SOLVERS), default="euler", help="heun evaluates the network twice a step "
                             "(default euler, as the paper; A.7)"),
              "seed": dict(type=int, default=0, help="sample i is made from (seed, i) (default 0)")}
@@ -356,14 +450,15 @@ def add_sampling_flags(parser, names=("steps", "guidance_scale", "solver", "seed
         group.add_argument(f"--{name}", **flags[name])
 
 
-def add_model_flags(parser, batch_size=16, checkpoint=DEFAULT_CHECKPOINT):
+def add_model_flags(parser, batch_size=16, checkpoint=DEFAULT_CHECKPOINT, dtype="float32"):
     """--checkpoint, --batch_size, --dtype, --device."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--checkpoint", default=str(checkpoint), help="model folder or hub id (default: the bundled "
                        f"{checkpoint.relative_to(HERE)}; paper: {OFFICIAL})")
     group.add_argument("--batch_size", type=int, default=batch_size, help=f"samples at a time (default {batch_size})")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-                       help="precision of the networks (default float32, as the official code)")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=dtype,
+                       help=f"precision of the flow (default {dtype}; auto is bfloat16 where the hardware multiplies in "
+                            "it; official code: float32). Text encoder and codec: float32")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
 
 
@@ -371,7 +466,7 @@ def check_sampling_flags(args):
     """Raise UserError if a sampling flag that `args` has is out of range (NaN is out of every range)."""
     for name, low, high in (("steps", 1, 1000), ("guidance_scale", 0, 50), ("seed", 0, 2 ** 63),
                             ("batch_size", 1, 4096), ("score", -1e6, 1e6), ("score_scale", 0, 50), ("lufs", -70, 0),
-                            ("true_peak", -60, 0)):
+                            ("true_peak", -60, 0), ("max_text_length", 2, 100_000)):
         if getattr(args, name, None) is not None:
             in_range(f"--{name}", getattr(args, name), low, high)
 
@@ -387,7 +482,28 @@ def check_duration(name, duration, max_duration):
 def load_for_sampling(args, quiet=False):
     """The model of --checkpoint on --device in --dtype."""
     device = choose_device(args.device, quiet=quiet)
-    return load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
+    return load_model(args.checkpoint, device=device, dtype=getattr(torch, dtype_for(args.dtype, device)[0]))
+
+
+def open_model(name):
+    """(folder, checked config, kind of codec) of a model folder or hub id; no weights are read."""
+    from vae import codec_place
+    folder = model_folder(name)
+    return folder, check_config(read_config(resolve(folder, "flow"))), codec_place(folder)[2].get("codec", "oobleck")
+
+
+def sampling_flow(flow, args, rows, frames):
+    """The flow of --checkpoint as a network for sampling: packed for `rows` at a time, or with --compile compiled."""
+    if args.compile:
+        flow.transformer.run = torch.compile(flow.transformer.run)
+        return flow
+    return flow.pack(rows * frames)
+
+
+def needed_frames(flow, codec, args, durations):
+    """Latent frames that a sample takes: all of the model's, with --crop_latents those of the longest duration."""
+    frames = flow.config["audio_seq_len"]
+    return min(frames, max(frames_of(codec, seconds) for seconds in durations)) if args.crop_latents else frames
 
 
 def load_reward(args):
@@ -460,22 +576,41 @@ def main(argv=None):
         check_duration("--duration", args.duration, math.inf)
     check_writable(paths)
 
+    device = choose_device(args.device)
+    dtype, reason = dtype_for(args.dtype, device)
     clap = load_reward(args) if args.best_of > 1 else None
-    model = load_for_sampling(args)
-    if args.score is not None and not model.flow.config.get("score_head"):
+    folder, config, kind = open_model(args.checkpoint)
+    if args.guidance_scale is None:
+        args.guidance_scale = 4.5 if kind == "oobleck" else 3.0          # the paper's, for the paper's codec
+    if args.score is not None and not config.get("score_head"):
         raise UserError(f"--score needs a model with a score head, and {args.checkpoint} has none: python train_fm.py "
                         "--score_column makes one")
-    max_duration = model.flow.config["max_duration"]
-    fallback = default_duration(max_duration) if args.duration is None else args.duration
-    durations = [check_duration("duration", fallback if row["duration"] is None else row["duration"], max_duration)
-                 for row in rows]
-    warn_of_unknown_words(model.text, [*prompts, args.negative_prompt or ""], args.checkpoint)
+    fallback = default_duration(config["max_duration"]) if args.duration is None else args.duration
+    durations = [check_duration("duration", fallback if row["duration"] is None else row["duration"],
+                                config["max_duration"]) for row in rows]
+    print(f"dtype: {dtype} ({reason}); text encoder and codec float32")
+
+    # the text encoder reads and goes before the rest comes: with FLAN-T5 a third of all memory
+    text = load_model(folder, device, parts=("text",)).text
+    text.max_tokens = args.max_text_length or text.max_tokens
+    warn_of_unknown_words(text, [*prompts, args.negative_prompt or ""], args.checkpoint)
     every, seconds = ([value for value in values for _ in range(args.best_of)] for values in (prompts, durations))
+    conditions = encode_conditions(text, every, seconds, args.guidance_scale, args.negative_prompt, args.batch_size,
+                                   args.score)
+    del text
+    model = load_model(folder, device, getattr(torch, dtype), ("flow", "codec"))
+    frames, rows = needed_frames(model.flow, model.codec, args, seconds), min(args.batch_size, len(every))
+    sampling_flow(model.flow, args, rows * (2 if conditions[0][1] else 1), frames)
+    shape, noise = (model.flow.config["audio_seq_len"], model.flow.config["in_channels"]), None
+    if args.noise == "official":
+        noise = official_noise(args.seed, [args.num_samples * args.best_of] * (len(prompts) // args.num_samples), shape)
     indices = range(args.first_index, args.first_index + len(every))
     latents = generate(model, every, seconds, args.seed, indices, args.steps, args.guidance_scale, args.solver,
-                       args.negative_prompt, args.batch_size, progress=True, score=args.score,
-                       score_scale=args.score_scale)
-    audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size)
+                       batch_size=args.batch_size, progress=True, score=args.score, score_scale=args.score_scale,
+                       conditions=conditions, noise=noise, crop=args.crop_latents)
+    model.flow = None                                        # decoding needs its memory
+    audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size,
+                    cropped=args.crop_latents)
     if args.best_of > 1:
         audios = choose_best(clap, audios, every, model.codec.sampling_rate, args)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from common import UserError, atomic_path, load_exactly, load_tensors, read_json, save_tensors, warn, write_json
+from common import UserError, atomic_path, read_json, save_tensors, warn, write_json
+from weights import check_finite, empty, find_weights, load_weights
 
 PAD, END, UNKNOWN = 0, 1, 2                # as in T5
 MAX_TOKENS = 64                            # the official training length (its sampler uses 512)
@@ -86,7 +87,8 @@ class TextEncoder(nn.Module):
     def load(cls, folder, weights=None, dtype=torch.float32):
         """Read a folder in Hugging Face layout (config.json, model.safetensors, tokenizer.json).
 
-        `weights` {name: tensor} replaces model.safetensors. Of a whole T5 (FLAN-T5) the decoder is left out.
+        `weights`: Weights in place of model.safetensors. Of a whole T5 (FLAN-T5) the decoder is not even read.
+        Prompts are cut where tokenizer_config.json says (FLAN-T5: 512 tokens), else at 64.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -94,43 +96,24 @@ class TextEncoder(nn.Module):
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise UserError(f"{folder}/config.json is not a JSON object; take the one of a T5 encoder")
-        if weights is None:
-            refuse_pickles(folder, "model.safetensors")
-            weights = load_tensors(folder / "model.safetensors")
-        if config.get("architectures") != ["T5EncoderModel"]:
-            weights = {name: tensor for name, tensor in weights.items()
-                       if not name.startswith(("decoder.", "lm_head."))}
-        weights = dict(weights)
-        weights["encoder.embed_tokens.weight"] = weights.get("shared.weight", torch.empty(0))
+        weights = weights or find_weights(folder, "model.safetensors")
+        whole = config.get("architectures") != ["T5EncoderModel"]
+        names = {name: name for name in weights if not (whole and name.startswith(("decoder.", "lm_head.")))}
+        if "shared.weight" in names:                                    # one tensor under two names, saved as either
+            names["encoder.embed_tokens.weight"] = "shared.weight"
+        elif "encoder.embed_tokens.weight" in names:
+            names["shared.weight"] = "encoder.embed_tokens.weight"
         t5 = empty_t5(config, dtype)
-        load_exactly(t5, check_finite(weights, f"{folder}/model.safetensors"), f"{folder}/model.safetensors")
-        return cls(t5, read_tokenizer(folder)).eval()
+        load_weights(t5, weights.named(names))
+        path = folder / "tokenizer_config.json"
+        limit = read_json(path).get("model_max_length", MAX_TOKENS) if path.is_file() else MAX_TOKENS
+        limit = limit if type(limit) is int and 2 <= limit <= 100_000 else MAX_TOKENS     # some say 1e30: none
+        return cls(t5, read_tokenizer(folder), limit).eval()
 
 
 def well_formed(prompt):
     """The prompt with lone surrogates (broken bytes of a command line) replaced by "?": they have no UTF-8."""
     return prompt.encode("utf-8", "replace").decode()
-
-
-def check_finite(tensors, what):
-    """The tensors themselves, or a UserError naming the first with NaN or infinity (float16 overflows at 65504)."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{what}: {name} holds NaN or infinity; take another checkpoint, or save in float32")
-    return tensors
-
-
-def refuse_pickles(folder, name):
-    """UserError if `name` is missing; says so if only pickled weights are there (they can run code when loaded)."""
-    if (folder / name).is_file():
-        return
-    stem = Path(name).stem
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-                     and path.name != "state.pt")
-    if pickles:
-        raise UserError(f"{folder / name} is missing and pickled weights ({pickles[0]}) are refused; "
-                        f"convert them to {stem}.safetensors")
-    raise UserError(f"{folder / name} is missing; pass a whole model folder")
 
 
 def empty_t5(config, dtype):
@@ -142,7 +125,7 @@ def empty_t5(config, dtype):
             t5 = T5EncoderModel(T5Config(**config))
     except Exception as error:             # transformers validates with exceptions of its own
         raise UserError(f"the text encoder's config.json does not describe a T5 encoder: {error}") from None
-    t5 = t5.to(dtype).to_empty(device="cpu")
+    t5 = empty(t5, dtype)
     t5.encoder.embed_tokens = t5.shared    # to_empty parts the tied pair
     return t5
 
@@ -159,33 +142,34 @@ def read_tokenizer(folder):
         raise UserError(f"no usable tokenizer in {folder}: {error}") from None
 
 
-def fetch(hub_id, patterns):
-    """Download (or find in the cache) the files of a hub repository; one line if that fails."""
+def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
+    """Download (or find in the cache) the files of a hub repository; if that fails, one line with the `remedy`."""
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:             # no network, unknown id, gated, full disk: each is the user's to mend
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{hub_id} is no folder here and could not be fetched from the hub ({reason}); "
-                        f"pass the path of a downloaded folder") from None
+                        f"{remedy}") from None
 
 
 def load_text(folder, config, weights, dtype):
     """The text encoder: text_encoder/ of the folder, else the folder or hub id that text_encoder_name gives.
 
-    `weights` are those inside tangoflux.safetensors; the hub then only gives config and tokenizer.
+    `weights`: those inside tangoflux.safetensors, None if there are none; the hub then only gives config and
+    tokenizer.
     """
-    # float16 overflows inside T5 (its feed-forward reaches beyond 65504): it stays in float32 then
-    dtype = torch.float32 if dtype == torch.float16 else dtype
     name = config["text_encoder_name"]
     local = next((path for path in (folder / "text_encoder", folder / name) if path.is_dir()), None)
     if local is None and ("/" not in name or name.startswith(("/", "."))):
         raise UserError(f"{folder / name} is missing; a model folder needs its text_encoder/")
-    small = ["config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"]
     if local is None:
+        small = ["config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"]
         patterns = small if weights else [*small, "model.safetensors"]
-        return TextEncoder.load(fetch(name, patterns), weights or None, dtype)
-    return TextEncoder.load(local, dtype=dtype)
+        local = fetch(name, patterns, f"download it elsewhere and put its files into {folder / 'text_encoder'}")
+    else:
+        weights = None
+    return TextEncoder.load(local, weights, dtype)
 
 
 # ----------------------------------------------------------------------------- the toy encoder

@@ -233,17 +233,21 @@ def draw_log(out, panels, name="loss.png"):
 
 # ----------------------------------------------------------------------------- precision and processes
 
-def choose_dtype(name, device, say=print):
-    """-> autocast() for a `with`; "auto" is bfloat16 where the hardware has it, else float32; told once."""
+def dtype_for(name, device):
+    """("float32", "bfloat16", ...; why): "auto" is bfloat16 where the hardware multiplies in it, else float32."""
+    if name != "auto":
+        return name, "as asked"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if name == "auto":
-        name, reason = ("bfloat16", f"this {device.type} multiplies in it") if fast else (
-            "float32", f"this {device.type} has no fast bfloat16")
-    else:
-        reason = "as asked"
+    return ("bfloat16", f"this {device.type} multiplies in it") if fast else (
+        "float32", f"this {device.type} has no fast bfloat16")
+
+
+def choose_dtype(name, device, say=print):
+    """-> autocast() for a `with`, of the dtype_for training, told once."""
+    name, reason = dtype_for(name, device)
     say(f"dtype: {name} ({reason}); weights and optimizer stay float32")
     dtype = getattr(torch, name)
     lower = dtype != torch.float32

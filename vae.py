@@ -29,12 +29,14 @@ from tqdm import tqdm
 
 import data
 from audio import probe_audio, resample
-from common import (UserError, append_jsonl, choose_device, generator, in_range, load_exactly, load_tensors,
-                    parse_arguments, read_json, read_jsonl, run_main, save_tensors, write_json)
+from common import (UserError, append_jsonl, choose_device, generator, in_range, parse_arguments, read_json, read_jsonl,
+                    run_main, save_tensors, write_json)
 from melvae import MelVAE, mel_losses
-from oobleck import LOSS_WEIGHTS, OOBLECK_DEFAULTS, TOY_OOBLECK, TOY_OOBLECK_TRAINING, Oobleck, oobleck_losses
+from oobleck import (LOSS_WEIGHTS, OOBLECK_DEFAULTS, TOY_OOBLECK, TOY_OOBLECK_TRAINING, Oobleck, empty_oobleck,
+                     oobleck_losses)
 from training import cosine_decay, draw_log, load_state, save_state, trim_log
 from vocoder import MEL_16K, MEL_44K, LogMel, log_mel_error
+from weights import find_weights, load_weights
 
 # 4.096 s at 16 kHz = 256 mel frames = 64 latent frames of 64 ms, 48 channels. The paper's layout as it is (two
 # halvings, random start, 32 channels) stood at a log-mel error of 7 dB after 2000 steps, and reconstructions lost
@@ -53,37 +55,50 @@ DEFAULTS = {
 
 # ----------------------------------------------------------------------------- codecs on disk
 
-def make_codec(kind, config):
-    """A codec with random weights: kind "mel" (config of MelVAE) or "oobleck" (config of Oobleck)."""
+def make_codec(kind, config, empty=False):
+    """A codec with random weights: kind "mel" (config of MelVAE) or "oobleck" (config of Oobleck).
+
+    `empty`: Oobleck's weights will be loaded and are not drawn.
+    """
     if kind not in DEFAULTS:
         raise UserError(f"the codec is called {kind!r}; use mel or oobleck")
     try:
-        return MelVAE(**config) if kind == "mel" else Oobleck(**{**OOBLECK_DEFAULTS, **config})
+        if kind == "mel":
+            return MelVAE(**config)
+        return (empty_oobleck if empty else Oobleck)(**{**OOBLECK_DEFAULTS, **config})
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"the config does not describe a {kind} codec: {error}") from None
 
 
-def load_codec(folder, device="cpu"):
-    """The codec of a local model folder, for inference. Raises UserError if missing, truncated or misshapen.
-
-    folder/config.json says which: {"vae": {"codec": "mel", ...}}; without that key it is the official
-    Oobleck. A part may live elsewhere: {"references": {"vae": "../base"}}. Weights are in
-    folder/vae.safetensors.
-    """
-    from model import read_config, resolve
-    if not Path(folder).is_dir():
-        raise UserError(f"the codec folder {folder} is missing; it holds config.json and vae.safetensors")
-    folder = resolve(Path(folder), "vae")
+def codec_place(name):
+    """(folder, file name, config of the codec) of a model folder, a hub id, or a VAE in diffusers' layout."""
+    from model import model_folder, read_config, resolve
+    folder = model_folder(name, ("config.json", "vae.safetensors", "vae/*"))
+    for place in (folder, folder / "vae"):                          # Stable Audio Open has it in vae/
+        config = read_config(place) if (place / "config.json").is_file() else {}
+        if config.get("_class_name") == "AutoencoderOobleck":
+            return place, "diffusion_pytorch_model.safetensors", {
+                key: config[key] for key in OOBLECK_DEFAULTS if key in config}
+    folder = resolve(folder, "vae")
     config = read_config(folder).get("vae", {})
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json: vae is {config!r}, but must be a JSON object")
+    return folder, "vae.safetensors", config
+
+
+def load_codec(name, device="cpu"):
+    """The codec of a model folder or hub id, for inference. Raises UserError if missing, truncated or misshapen.
+
+    folder/config.json says which: {"vae": {"codec": "mel", ...}}; without that key it is the official
+    Oobleck. A part may live elsewhere: {"references": {"vae": "../base"}}. Weights are in
+    folder/vae.safetensors. Stable Audio Open's own layout (vae/config.json, vae/diffusion_pytorch_model.safetensors)
+    is read, too.
+    """
+    folder, file_name, config = codec_place(name)
     kind = config.get("codec", "oobleck")
-    codec = make_codec(kind, {name: value for name, value in config.items() if name != "codec"})
-    tensors = load_tensors(folder / "vae.safetensors")
-    for name in ("latent_mean", "latent_std"):      # the official mel files keep them with the flow
-        if name in codec.state_dict():
-            tensors.setdefault(name, getattr(codec, name))
-    load_exactly(codec, tensors, folder / "vae.safetensors")
+    codec = make_codec(kind, {name: value for name, value in config.items() if name != "codec"}, empty=True)
+    weights = find_weights(folder, file_name)
+    load_weights(codec, weights, optional=("latent_mean", "latent_std"))    # official mel files keep them with the flow
     return codec.to(device).requires_grad_(False).eval().fold()
 
 

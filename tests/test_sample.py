@@ -1,6 +1,8 @@
 """Sampler: solvers, guidance, parity with the official trajectories, batches, and the command line."""
+import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,17 +197,55 @@ def test_guidance_is_one_batch_null_first(model):
     seen = []
 
     class Spy(torch.nn.Linear):
-        def velocity(self, x, t, condition):
-            seen.append((x.shape, t, condition))
-            return x
+        config, transformer = model.flow.config, SimpleNamespace(run=lambda x, prepared: seen.append(x.shape) or x)
+
+        def prepare(self, ts, condition, frames):
+            seen.append((ts, condition, frames))
+            return list(ts)
     condition = sample.encode_prompts(model.text, PROMPTS[:2], torch.tensor([0.2, 0.5]))
     null = sample.null_condition(model.text, condition)
     sample.guided_velocity(Spy(1, 1), condition, null, 2.0)(torch.zeros(2, 8, 6), torch.tensor(0.25))
-    (shape, t, both), = seen
-    assert shape == (4, 8, 6) and torch.equal(t, torch.full((4,), 0.25))
+    (t, both, frames), shape = seen
+    assert shape == (4, 8, 6) and t.tolist() == [0.25] and frames == 8
     assert torch.equal(both.text, concat_conditions(null, condition).text)
     assert torch.equal(both.duration, torch.tensor([0.2, 0.5, 0.2, 0.5]))
     assert both.pooled_mask[:2].sum() == 2  # the end token alone
+
+
+def test_steps_prepared_ahead_are_those_of_the_network(model, monkeypatch):
+    """However many steps are prepared at once, the velocity is flow.velocity's; packed weights change nothing."""
+    condition = sample.encode_prompts(model.text, PROMPTS[:2], torch.tensor([0.2, 0.5]))
+    ts, x = sample.schedule(5), torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    packed = copy.deepcopy(model.flow).pack(40)
+    with torch.inference_mode():
+        expected = [model.flow.velocity(x, t.expand(2), condition) for t in ts]
+        for ahead in (1, 20000, 2 ** 26):
+            monkeypatch.setattr(sample, "AHEAD", ahead)
+            for flow in (model.flow, packed):
+                velocity_fn = sample.prepared_velocity(flow, condition, ts)
+                for t, velocity in zip(ts, expected):
+                    assert relative_error(velocity_fn(x, t), velocity) < 1e-5
+            assert relative_error(velocity_fn(x, torch.tensor(0.123)),
+                                  model.flow.velocity(x, torch.full((2,), 0.123), condition)) < 1e-5
+    assert not any("to_q" in name for name in packed.state_dict())
+
+
+def test_cropped_rows_are_those_of_a_shorter_model(model):
+    """--crop_latents: a row is what the network makes of its own frames alone, whatever the batch."""
+    durations = [0.5, 0.1, 0.3, 0.1]
+    codec = SimpleNamespace(sampling_rate=16000, hop=1024, denormalise=lambda latents: latents)
+    cropped = SimpleNamespace(flow=model.flow, text=model.text, codec=codec)
+    latents = sample.generate(cropped, PROMPTS[:4], durations, steps=2, crop=True)
+    for i, (seconds, frames) in enumerate(zip(durations, (8, 2, 5, 2))):
+        assert sample.frames_of(codec, seconds) == frames and not latents[i, frames:].any()
+        condition, null = sample.encode_conditions(model.text, [PROMPTS[i]], [seconds])[0]
+        with torch.inference_mode():
+            velocity_fn = sample.guided_velocity(model.flow, condition, null, 3.0)
+            alone = sample.euler(velocity_fn, sample.noise_for(0, [i], (8, 6))[:, :frames], sample.schedule(2))
+        assert relative_error(latents[i:i + 1, :frames], alone) < 1e-4
+    whole = sample.decode(model, latents, durations, cropped=True)
+    assert [audio.shape[1] for audio in whole] == [8000, 1600, 4800, 1600]
+    assert torch.equal(whole[3], model.codec.decode(latents[[1, 3], :2])[1, :, :1600])
 
 
 def test_generate_puts_the_mode_back_and_gives_trainable_data(model):
