@@ -3,6 +3,7 @@
     python alignment.py                                                          # the bundled aligned model, base
     python alignment.py --checkpoint runs/a runs/b runs/c --prompts 1024         # training seeds, pooled and each
     python alignment.py best_of --counts 1 5 10 15                               # the reward chooses (paper A.3)
+    python alignment.py shortcuts                        # what bfloat16 and --crop_latents cost
     python alignment.py crpo_search --runs runs/search/* # runs of crpo.py, on the held-out prompts that they share
     python alignment.py crpo_pairs --runs runs/crpo      # what its winners have that its losers lack
 
@@ -201,6 +202,34 @@ def compare_counts(args):
         markdown(["N", *HEADS[:6], "Frechet ratio"], table)], numbers, "alignment.py")
 
 
+def compare_shortcuts(args):
+    """What sample.py's bfloat16 and --crop_latents cost: the same prompts from the same noise, heard and timed."""
+    device = choose_device(args.device)
+    ears = Ears(args.tagger, args.reward, args.judge, device)
+    scenes, real = real_scenes(args, ears)
+    prompts, seconds = [scene.prompt for scene in scenes], [scene.duration for scene in scenes]
+    rows, table, numbers, base = [["real scenes", *cells(summary(real, real)), ""]], [], {}, None
+    for name, dtype, crop in (("float32", "float32", False), ("bfloat16", "bfloat16", False),
+                              ("float32, cropped", "float32", True), ("bfloat16, cropped", "bfloat16", True)):
+        model = load_model(args.checkpoint[0], device, getattr(torch, dtype))
+        settings = argparse.Namespace(**{**vars(args), "dtype": dtype, "crop_latents": crop})
+        made, took = sampled(model, settings, prompts, seconds, args.seed)
+        found = {key: tensor.numpy() for key, tensor in ears.listen(made, scenes).items()}
+        numbers[name] = {**summary(found, real), "seconds": took}
+        rows.append([name, *cells(numbers[name]), f"{took / len(prompts):.3f}"])
+        base = base or (found, took)
+        if found is not base[0]:
+            numbers[f"{name} against float32"] = change = gains([found], base[0], real, args.draws, args.seed)
+            table.append([name, *change_cells(change), f"x {took / base[1]:.2f}"])
+    write_report(args, "What bfloat16 and --crop_latents cost", [
+        f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\") of 1 to 4 s, {shown(args.checkpoint[0])}, the "
+        f"same noise; {args.steps} {args.solver} steps, guidance {args.guidance_scale:g}; {args.batch_size} at a time on "
+        f"{torch.get_num_threads()} threads, seconds a clip without decoding.",
+        markdown(["way", *HEADS, "seconds"], rows),
+        "Differences to float32 on all latents, in brackets their 95 % intervals over prompts (Frechet distance: the "
+        "ratio):", markdown(["way", *HEADS[:6], "Frechet ratio", "seconds"], table)], numbers, "alignment.py")
+
+
 def settings_of(run):
     """config.json of a run of crpo.py. Raises UserError if the folder is none."""
     settings = read_json(run / "config.json") if (run / "config.json").is_file() else {}
@@ -276,7 +305,7 @@ def compare_pairs(args):
 def make_parser():
     """All flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["alignment", "best_of", "crpo_search", "crpo_pairs"],
+    parser.add_argument("command", nargs="?", choices=["alignment", "best_of", "shortcuts", "crpo_search", "crpo_pairs"],
                         default="alignment", help="which table (default: alignment)")
     group = parser.add_argument_group("what to compare")
     group.add_argument("--checkpoint", nargs="+", default=[str(DEFAULT_CHECKPOINT)],
@@ -308,13 +337,13 @@ def main(argv=None):
     check_sampling_flags(args)
     in_range("--prompts", args.prompts, 2, 1e6)
     in_range("--draws", args.draws, 1, 1e6)
-    if min(args.counts) < 1 or (args.command == "best_of" and len(args.checkpoint) > 1):
-        raise UserError("--counts must be at least 1, and best_of takes one --checkpoint")
+    if min(args.counts) < 1 or (args.command in ("best_of", "shortcuts") and len(args.checkpoint) > 1):
+        raise UserError("--counts must be at least 1, and best_of and shortcuts take one --checkpoint")
     of_runs = args.command in ("crpo_search", "crpo_pairs")
     if of_runs and not args.runs:
         raise UserError(f"{args.command} needs --runs, the --out folders of crpo.py")
-    {"alignment": compare, "best_of": compare_counts, "crpo_search": search, "crpo_pairs": compare_pairs}[args.command](
-        args)
+    {"alignment": compare, "best_of": compare_counts, "shortcuts": compare_shortcuts, "crpo_search": search,
+     "crpo_pairs": compare_pairs}[args.command](args)
     heard_in = args.runs[0] + "/iteration_1" if of_runs else shown(args.checkpoint[-1])
     print(f"next: python sample.py --checkpoint {shlex.quote(heard_in)}, to hear the difference to --checkpoint "
           f"{shlex.quote(shown(args.against))}")

@@ -1,9 +1,13 @@
-"""Speed, side by side. `crpo`: an iteration of this repository against the same model driven as officially.
+"""Speed and memory, side by side with the official way.
 
-    python bench.py crpo                                 # 3 rounds, on two cores 25 minutes
+    python bench.py crpo                    # an iteration of CRPO, toy; 3 rounds, on two cores 25 minutes
     python bench.py crpo --prompts 12 --repeats 1
+    python bench.py generate                # a generation at full size (race.py); 5 rounds, 20 minutes, 8 GB (diffusers)
+    python bench.py generate --steps 4 --repeats 1 --checkpoint FOLDER
+    python bench.py vae                     # decoding: seconds and memory by duration (diffusers)
+    python bench.py load                    # memory while loading
 
-All make N clips of the same M prompts, score them by the same CLAP, pair best and worst, and take the same number of
+`crpo`: all make N clips of the same M prompts, score them by the same CLAP, pair best and worst, and take the same number of
 training steps on their pairs. Ours is what crpo.py runs, at its defaults: --steps 10, its --dtype. The official way
 (its shell script and three Python files) is driven twice: at our number of sampler steps, and at its own 50. It samples
 one prompt at a time with its N clips and writes each clip to a wav file; CLAP reads file after file and embeds one clip
@@ -25,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import crpo
+import race
 from audio import read_audio, write_wav
 from clap import load_clap
 from common import atomic_path, check_writable, choose_device, in_range, parse_arguments, run_main, write_json
@@ -176,20 +181,35 @@ def bench_crpo(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["crpo"], help="what to time")
-    parser.add_argument("--checkpoint", default=str(crpo.BASE), help="model folder (default: checkpoints/toy/base)")
+    parser.add_argument("command", choices=["crpo", "generate", "vae", "load", "side"],
+                        help="what to time (side: one run of another command)")
+    parser.add_argument("--checkpoint", help="model folder (default: crpo checkpoints/toy/base, else random weights)")
     parser.add_argument("--prompts", type=int, default=48, help="M (default: 48)")
     parser.add_argument("--epochs", type=int, default=24, help="over the M pairs (default: 24, as crpo.py)")
     parser.add_argument("--official_steps", type=int, default=50,
                         help="sampler steps of the official way (default: 50)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds after one to warm up (default: 3)")
+    parser.add_argument("--repeats", type=int, help="rounds (default: crpo 3, after one to warm up; generate 5; vae 3)")
+    parser.add_argument("--steps", type=int, help="sampler steps (default: crpo that of crpo.py; generate 25, official)")
+    race.add_flags(parser)
     parser.add_argument("--out", default="results", help="folder of the table (default: results)")
     args = parse_arguments(parser, argv)
-    for name, high in (("prompts", 20000), ("epochs", 1e6), ("official_steps", 10000), ("repeats", 1000)):
+    args.repeats = args.repeats if args.repeats is not None else 5 if args.command == "generate" else 3
+    args.steps = args.steps if args.steps is not None else 10 if args.command == "crpo" else 25
+    for name, high in (("prompts", 20000), ("epochs", 1e6), ("official_steps", 10000), ("repeats", 1000),
+                       ("steps", 1000)):
         in_range(f"--{name}", getattr(args, name), 1, high)
+    in_range("--duration", args.duration, 0.01, 1000)
+    in_range("--longest", args.longest, 2.5, 1000)
+    if args.command == "side":
+        return race.run_side(args)
     choose_device("cpu")
+    if args.command != "crpo":
+        return {"generate": race.bench_generate, "vae": race.bench_vae, "load": race.bench_load}[args.command](args)
+    args.checkpoint = args.checkpoint or str(crpo.BASE)
     settings = vars(crpo.parse_args(["--prompts", str(args.prompts), "--epochs", str(args.epochs)]))
-    args = argparse.Namespace(**{**settings, **vars(args)})
+    given = {name: getattr(args, name) for name in ("command", "checkpoint", "prompts", "epochs", "official_steps",
+                                                    "repeats", "steps", "out")}
+    args = argparse.Namespace(**{**settings, **given})
     args.batch_size = min(args.batch_size, args.prompts)
     args.train_steps = -(-args.epochs * args.prompts // args.batch_size)
     bench_crpo(args)

@@ -75,6 +75,8 @@ def sampled(model, args, prompts, durations, seed, indices=None, steps=None, sol
                 "prompts": prompts, "durations": durations, "indices": indices or list(range(len(prompts))),
                 "steps": steps or args.steps, "solver": solver or args.solver, "scale": args.guidance_scale,
                 "dtype": args.dtype}
+    cropped = getattr(args, "crop_latents", False)
+    settings |= {"crop_latents": True} if cropped else {}
     folder = Path(args.cache) / settings_key(settings)
     latents, seconds = [], 0.0
     for start in range(0, len(prompts), BLOCK):
@@ -83,12 +85,12 @@ def sampled(model, args, prompts, durations, seed, indices=None, steps=None, sol
             began = time.perf_counter()
             block = generate(model, prompts[rows], durations[rows], seed, settings["indices"][rows],
                              settings["steps"], args.guidance_scale, settings["solver"],
-                             batch_size=args.batch_size, progress=True)
+                             batch_size=args.batch_size, progress=True, crop=cropped)
             save_tensors(path, {"latents": block, "seconds": torch.tensor(time.perf_counter() - began)})
         saved = load_tensors(path)
         latents.append(saved["latents"])                                           # (B, L, C)
         seconds += saved["seconds"].item()
-    audios = decode(model, torch.cat(latents), durations if crop else None, args.batch_size, progress=True)
+    audios = decode(model, torch.cat(latents), durations if crop else None, args.batch_size, True, cropped)
     return as_clips(model.codec, audios), seconds
 
 

@@ -492,20 +492,6 @@ def open_model(name):
     return folder, check_config(read_config(resolve(folder, "flow"))), codec_place(folder)[2].get("codec", "oobleck")
 
 
-def sampling_flow(flow, args, rows, frames):
-    """The flow of --checkpoint as a network for sampling: packed for `rows` at a time, or with --compile compiled."""
-    if args.compile:
-        flow.transformer.run = torch.compile(flow.transformer.run)
-        return flow
-    return flow.pack(rows * frames)
-
-
-def needed_frames(flow, codec, args, durations):
-    """Latent frames that a sample takes: all of the model's, with --crop_latents those of the longest duration."""
-    frames = flow.config["audio_seq_len"]
-    return min(frames, max(frames_of(codec, seconds) for seconds in durations)) if args.crop_latents else frames
-
-
 def load_reward(args):
     """The CLAP of --reward, default the bundled one."""
     from clap import load_clap
@@ -542,6 +528,42 @@ def post_processed(audios, rate, args):
         print(f"{len(limited)} of {len(audios)} clips stay below {args.lufs:g} LUFS, for their peaks reach "
               f"{args.true_peak:g} dB or they are silent: {reached}")
     return [audio for audio, _, _ in levelled]
+
+
+def produce(args, folder, device, dtype, prompts, seconds, done=lambda stage: None):
+    """Prompts and their seconds -> (audios, a list of (channels, samples); sampling rate), by the flags of `args`.
+
+    No part of the model is in memory longer than it is needed. `done` is told each stage that has ended.
+    """
+    text = load_model(folder, device, parts=("text",)).text
+    text.max_tokens = args.max_text_length or text.max_tokens
+    warn_of_unknown_words(text, [*prompts, args.negative_prompt or ""], args.checkpoint)
+    done("load")
+    conditions = encode_conditions(text, prompts, seconds, args.guidance_scale, args.negative_prompt, args.batch_size,
+                                   args.score)
+    del text                                                # with FLAN-T5 a third of all memory
+    done("text")
+    model = load_model(folder, device, getattr(torch, dtype), ("flow", "codec"))
+    flow, codec = model.flow, model.codec
+    shape, rows = (flow.config["audio_seq_len"], flow.config["in_channels"]), min(args.batch_size, len(prompts))
+    if args.compile:
+        flow.transformer.run = torch.compile(flow.transformer.run)
+    else:
+        flow.pack(rows * (2 if conditions[0][1] else 1) * shape[0])
+    done("load")
+    noise, many = None, args.num_samples * args.best_of
+    if args.noise == "official":
+        noise = official_noise(args.seed, [many] * (len(prompts) // many), shape)
+    indices = range(args.first_index, args.first_index + len(prompts))
+    latents = generate(model, prompts, seconds, args.seed, indices, args.steps, args.guidance_scale, args.solver,
+                       batch_size=args.batch_size, progress=True, score=args.score, score_scale=args.score_scale,
+                       conditions=conditions, noise=noise, crop=args.crop_latents)
+    done("steps")
+    model.flow = flow = None                                # decoding needs its memory
+    audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size,
+                    cropped=args.crop_latents)
+    done("decode")
+    return audios, codec.sampling_rate
 
 
 def main(argv=None):
@@ -590,38 +612,19 @@ def main(argv=None):
                                 config["max_duration"]) for row in rows]
     print(f"dtype: {dtype} ({reason}); text encoder and codec float32")
 
-    # the text encoder reads and goes before the rest comes: with FLAN-T5 a third of all memory
-    text = load_model(folder, device, parts=("text",)).text
-    text.max_tokens = args.max_text_length or text.max_tokens
-    warn_of_unknown_words(text, [*prompts, args.negative_prompt or ""], args.checkpoint)
     every, seconds = ([value for value in values for _ in range(args.best_of)] for values in (prompts, durations))
-    conditions = encode_conditions(text, every, seconds, args.guidance_scale, args.negative_prompt, args.batch_size,
-                                   args.score)
-    del text
-    model = load_model(folder, device, getattr(torch, dtype), ("flow", "codec"))
-    frames, rows = needed_frames(model.flow, model.codec, args, seconds), min(args.batch_size, len(every))
-    sampling_flow(model.flow, args, rows * (2 if conditions[0][1] else 1), frames)
-    shape, noise = (model.flow.config["audio_seq_len"], model.flow.config["in_channels"]), None
-    if args.noise == "official":
-        noise = official_noise(args.seed, [args.num_samples * args.best_of] * (len(prompts) // args.num_samples), shape)
-    indices = range(args.first_index, args.first_index + len(every))
-    latents = generate(model, every, seconds, args.seed, indices, args.steps, args.guidance_scale, args.solver,
-                       batch_size=args.batch_size, progress=True, score=args.score, score_scale=args.score_scale,
-                       conditions=conditions, noise=noise, crop=args.crop_latents)
-    model.flow = None                                        # decoding needs its memory
-    audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size,
-                    cropped=args.crop_latents)
+    audios, rate = produce(args, folder, device, dtype, every, seconds)
     if args.best_of > 1:
-        audios = choose_best(clap, audios, every, model.codec.sampling_rate, args)
+        audios = choose_best(clap, audios, every, rate, args)
 
     if args.lufs is not None:
-        audios = post_processed(audios, model.codec.sampling_rate, args)
+        audios = post_processed(audios, rate, args)
     from audio import save_spectrogram, write_wav
     for path, audio, prompt in zip(paths, audios, prompts):
-        write_wav(path, audio, model.codec.sampling_rate)
+        write_wav(path, audio, rate)
         if args.plot:
-            save_spectrogram(path.with_suffix(".png"), [audio], [prompt], model.codec.sampling_rate)
-        print(f"wrote {path} ({audio.shape[-1] / model.codec.sampling_rate:.2f} s): {prompt[:100]}")
+            save_spectrogram(path.with_suffix(".png"), [audio], [prompt], rate)
+        print(f"wrote {path} ({audio.shape[-1] / rate:.2f} s): {prompt[:100]}")
     print(f'next: listen to it, or ask for another: '
           f'python sample.py --prompt "three beeps and wind" --seed {args.seed + 1}')
 
