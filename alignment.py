@@ -222,9 +222,10 @@ def compare_shortcuts(args):
             numbers[f"{name} against float32"] = change = gains([found], base[0], real, args.draws, args.seed)
             table.append([name, *change_cells(change), f"x {took / base[1]:.2f}"])
     write_report(args, "What bfloat16 and --crop_latents cost", [
-        f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\") of 1 to 4 s, {shown(args.checkpoint[0])}, the "
-        f"same noise; {args.steps} {args.solver} steps, guidance {args.guidance_scale:g}; {args.batch_size} at a time on "
-        f"{torch.get_num_threads()} threads, seconds a clip without decoding.",
+        f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\") of 1 to 4 s, "
+        f"{shown(args.checkpoint[0])}, the same noise; {args.steps} {args.solver} steps, guidance "
+        f"{args.guidance_scale:g}; {args.batch_size} at a time on {torch.get_num_threads()} threads, seconds a clip "
+        "without decoding.",
         markdown(["way", *HEADS, "seconds"], rows),
         "Differences to float32 on all latents, in brackets their 95 % intervals over prompts (Frechet distance: the "
         "ratio):", markdown(["way", *HEADS[:6], "Frechet ratio", "seconds"], table)], numbers, "alignment.py")
@@ -305,8 +306,9 @@ def compare_pairs(args):
 def make_parser():
     """All flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["alignment", "best_of", "shortcuts", "crpo_search", "crpo_pairs"],
-                        default="alignment", help="which table (default: alignment)")
+    parser.add_argument("command", nargs="?", default="alignment",
+                        choices=["alignment", "best_of", "shortcuts", "crpo_search", "crpo_pairs"],
+                        help="which table (default: alignment)")
     group = parser.add_argument_group("what to compare")
     group.add_argument("--checkpoint", nargs="+", default=[str(DEFAULT_CHECKPOINT)],
                        help="model folders to judge (default: the bundled aligned one)")

@@ -2,18 +2,18 @@
 
     python bench.py crpo                    # an iteration of CRPO, toy; 3 rounds, on two cores 25 minutes
     python bench.py crpo --prompts 12 --repeats 1
-    python bench.py generate                # a generation at full size (race.py); 5 rounds, 20 minutes, 8 GB (diffusers)
+    python bench.py generate                # a generation at full size (race.py), 40 minutes, 9 GB (needs diffusers)
     python bench.py generate --steps 4 --repeats 1 --checkpoint FOLDER
-    python bench.py vae                     # decoding: seconds and memory by duration (diffusers)
+    python bench.py vae                     # decoding: seconds and memory by duration (needs diffusers)
     python bench.py load                    # memory while loading
 
-`crpo`: all make N clips of the same M prompts, score them by the same CLAP, pair best and worst, and take the same number of
-training steps on their pairs. Ours is what crpo.py runs, at its defaults: --steps 10, its --dtype. The official way
-(its shell script and three Python files) is driven twice: at our number of sampler steps, and at its own 50. It samples
-one prompt at a time with its N clips and writes each clip to a wav file; CLAP reads file after file and embeds one clip
-and one text at a time; every training step reads its wav files again, encodes them by the VAE and their prompts by T5,
-in float32. Both ways use the decoder of this repository. The ways take turns; times are wall-clock seconds, ratios are
-medians over the rounds.
+`crpo`: all make N clips of the same M prompts, score them by the same CLAP, pair best and worst, and take the same
+number of training steps on their pairs. Ours is what crpo.py runs, at its defaults: --steps 10, its --dtype. The
+official way (its shell script and three Python files) is driven twice: at our number of sampler steps, and at its own
+50. It samples one prompt at a time with its N clips and writes each clip to a wav file; CLAP reads file after file
+and embeds one clip and one text at a time; every training step reads its wav files again, encodes them by the VAE and
+their prompts by T5, in float32. Both ways use the decoder of this repository. The ways take turns; times are wall-
+clock seconds, ratios are medians over the rounds.
 """
 import argparse
 import shlex
@@ -37,7 +37,8 @@ from evaluate import markdown
 from model import encode_prompts, load_model, null_condition
 from preferences import draw_prompts, encode_all, make_candidates, prompt_pool, score_candidates, write_pairs
 from reward import make_pairs
-from sample import decode, euler, guided_velocity, noise_for, schedule
+from sample import decode
+from solvers import euler, guided_velocity, noise_for, schedule
 from train_fm import Batch, text_condition
 from training import choose_dtype, make_optimizer, set_rate, trainable
 
@@ -189,7 +190,8 @@ def main(argv=None):
     parser.add_argument("--official_steps", type=int, default=50,
                         help="sampler steps of the official way (default: 50)")
     parser.add_argument("--repeats", type=int, help="rounds (default: crpo 3, after one to warm up; generate 5; vae 3)")
-    parser.add_argument("--steps", type=int, help="sampler steps (default: crpo that of crpo.py; generate 25, official)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: crpo 10, as crpo.py; generate 25, as "
+                        "the official code)")
     race.add_flags(parser)
     parser.add_argument("--out", default="results", help="folder of the table (default: results)")
     args = parse_arguments(parser, argv)

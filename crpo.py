@@ -61,7 +61,8 @@ from model import (SCORE_HEADS, concat_conditions, load_model, model_folder, nul
 from preferences import (draw_prompts, make_candidates, prompt_pool, score_candidates, static_pairs,
                          write_pairs)
 from reward import JUDGE, REWARD, read_pairs
-from sample import BASE, add_sampling_flags, check_sampling_flags, decode, generate
+from sample import BASE, add_sampling_flags, check_sampling_flags, decode, generate, open_model
+from text import MAX_TOKENS
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from training import (average_decay, choose_dtype, copy_weights, draw_log, linear_decay, load_state,
                       make_optimizer, save_state, set_rate, trainable, trim_log, update_average)
@@ -147,7 +148,7 @@ def with_conditions(rows, tensors, model, batch_size=64):
     device, size = next(model.flow.parameters()).device, 0
     pieces = []
     for start in range(0, len(rows), batch_size):
-        ids, mask = text.tokenize([row["prompt"] for row in rows[start:start + batch_size]])
+        ids, mask = text.tokenize([row["prompt"] for row in rows[start:start + batch_size]], MAX_TOKENS)
         pieces.append((text.encode(ids, mask).cpu(), mask.cpu()))
         size = max(size, mask.shape[1])
     hidden = torch.cat([F.pad(h, (0, 0, 0, size - h.shape[1])) for h, _ in pieces])        # (P, S, D)
@@ -394,6 +395,9 @@ def run(args):
                             f"{settings[name]}; give the same flags to go on, or another --out")
     policy, folders = args.checkpoint, {"base": args.checkpoint}
     flow = policy_model(args, policy, device, ("flow",)).flow
+    if args.reward == str(REWARD) and open_model(policy)[2] == "oobleck":
+        warn("the bundled CLAPs know the built-in world alone; the paper's are --reward laion/clap-htsat-unfused --judge "
+             "laion/clap-htsat-fused")
     pool = prompt_pool(args, flow.config["max_duration"]) if not args.pairs else []
     if not args.pairs and len(pool) < args.prompts:
         raise UserError(f"--prompts {args.prompts} is more than the {len(pool)} prompts of the pool; "

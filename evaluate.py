@@ -29,8 +29,9 @@ from audio import fit_audio, resample
 from cache import module_hash, settings_key
 from common import (UserError, atomic_path, check_writable, generator, in_range, load_tensors, parse_arguments,
                     run_main, save_tensors, warn, write_json)
-from sample import (BASE, DEFAULT_PROMPT, EVALUATIONS, HERE, SOLVERS, add_model_flags, add_sampling_flags,
-                    check_sampling_flags, decode, default_duration, generate, load_for_sampling)
+from sample import (BASE, DEFAULT_PROMPT, HERE, add_model_flags, add_sampling_flags, check_sampling_flags, decode,
+                    default_duration, generate, load_for_sampling)
+from solvers import EVALUATIONS, SOLVERS
 from tagger import FILES, hear, load_tagger
 from vocoder import MEL_16K, LogMel, griffin_lim, log_mel_error
 from world import (CLIP_SAMPLES, DEGRADATIONS, EVENT_NAMES, EVENTS, NUMBERS, SAMPLE_RATE, Scene, SceneEvent, World,

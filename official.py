@@ -5,8 +5,8 @@
 
 Written after the facts of declare-lab/TangoFlux (its inference_flow and TangoFluxInference.generate) on
 FluxTransformer2DModel, AutoencoderOobleck and T5EncoderModel: float32, one prompt at a time, the text encoder
-kept, all frames denoised and decoded, then cut. Needs diffusers, an extra. Letters: B batch, L frames, C latent channels,
-S text tokens, T width of the text encoder.
+kept, all frames denoised and decoded, then cut. Needs diffusers, an extra. Letters: B batch, L latent frames, C
+latent channels, S text tokens, T width of the text encoder.
 """
 import time
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Full size, side by side: sample.py against the official method (official.py), and what decoding and loading take.
 
-bench.py's commands `generate`, `vae` and `load`. Every run is a process of its own, ours and the official one in turn, so
-that none finds the other's memory or caches. Weights are random, for speed does not depend on them, and are written
-once to a folder in the official layout; --checkpoint takes real ones.
+bench.py's commands `generate`, `vae` and `load`. Every run is a process of its own, ours and the official one in
+turn, so that none finds the other's memory or caches. Weights are random, for speed does not depend on them, and are
+written once to a folder in the official layout; --checkpoint takes one with real weights (and T5 in text_encoder/).
 
 Letters: N tokens, D width, L latent frames, K sampler steps.
 """
@@ -27,7 +27,7 @@ PROMPT = "Hammer slowly hitting the wooden table while a dog barks far away and 
 SIZES = {"tangoflux": dict(width=1024, layers=24, heads=16, d_ff=2816, vocabulary=32128),
          "tiny": dict(width=32, layers=1, heads=2, d_ff=32, vocabulary=600)}     # of the text encoder
 WAYS = {"official, float32": ("official", "float32"), "ours, float32": ("ours", "float32"),
-        "ours, bfloat16": ("ours", "bfloat16")}
+        "ours, bfloat16": ("ours", "bfloat16"), "ours, bfloat16, --crop_latents": ("cropped", "bfloat16")}
 
 
 # ----------------------------------------------------------------------------- a folder in the official layout
@@ -107,7 +107,7 @@ def run_side(args):
         found |= dict.fromkeys(("load", "text", "steps", "decode"), 0.0)
         audio = sample_as_ever(args, found)
     found["peak"] = peak_memory()
-    if args.audio and args.way in ("official", "ours"):
+    if args.audio and not args.way.endswith("vae"):
         save_tensors(args.audio, {"audio": audio})
     print("\n" + json.dumps(found))
 
@@ -116,7 +116,8 @@ def sample_as_ever(args, found):
     """What sample.py does, its stages' seconds added to `found`."""
     import sample
     flags = ["--checkpoint", args.checkpoint, "--steps", str(args.steps), "--guidance_scale", str(args.guidance_scale),
-             "--dtype", args.dtype, "--duration", str(args.duration), "--noise", "official", "--device", "cpu"]
+             "--dtype", args.dtype, "--duration", str(args.duration), "--noise", "official", "--device", "cpu",
+             *(["--crop_latents"] if args.way == "cropped" else [])]
     mark = time.perf_counter()
 
     def done(stage):
@@ -171,25 +172,26 @@ def side(way, checkpoint, dtype="float32", audio=None, **flags):
 
 # ----------------------------------------------------------------------------- numbers
 
-def matmul_peak(dtype, size=2048, repeats=12):
-    """This machine's own best at multiplying two square matrices, in FLOP per second, by torch or oneDNN."""
+def matmul_peaks(dtype, size=2048, repeats=12):
+    """This machine's best at multiplying two square matrices, in FLOP per second: {"torch": ..., "oneDNN": ...}."""
     x = torch.randn(size, size).to(dtype)
-    ways = [lambda: x @ x]
+    ways, peaks = {"torch": lambda: x @ x}, {}
     with torch.inference_mode():
         if torch.backends.mkldnn.is_available():
             packed = torch.ops.mkldnn._reorder_linear_weight(x, size)
-            ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
-        best = float("inf")
-        for way in ways:
+            ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        for name, way in ways.items():
+            seconds = []
             for _ in range(repeats):
                 began = time.perf_counter()
                 way()
-                best = min(best, time.perf_counter() - began)
-    return 2 * size ** 3 / best
+                seconds.append(time.perf_counter() - began)
+            peaks[name] = 2 * size ** 3 / min(seconds)
+    return peaks
 
 
 def flops_of_step(config, tokens):
-    """FLOP of a guided step: 2 rows of N = L + tokens, in linear layers (24 N D^2 a block) and in attention (4 N^2 D)."""
+    """FLOP of a guided step: 2 rows of N = L + tokens; a block's linear layers take 24 N D^2, attention 4 N^2 D."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     blocks, count = config["num_layers"] + config["num_single_layers"], config["audio_seq_len"] + tokens
     return 2 * blocks * (24 * count * width ** 2 + 4 * count ** 2 * width)
@@ -201,6 +203,11 @@ def difference(path, other):
     return ((one - two).abs().max() / one.abs().max()).item()
 
 
+def shown(peaks):
+    """"205 (torch), 495 (oneDNN) GFLOP/s"."""
+    return ", ".join(f"{peak / 1e9:.0f} ({name})" for name, peak in peaks.items()) + " GFLOP/s"
+
+
 def spread(values, digits=2):
     """"median (lowest to highest)"."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -209,7 +216,8 @@ def spread(values, digits=2):
 def report(args, name, title, paragraphs, numbers):
     """Print and write results/bench_NAME.md and .json."""
     path = Path(args.out) / f"bench_{name}.md"
-    command = shlex.join(["python", "bench.py", *(sys.argv[1:] if sys.argv[0].endswith("bench.py") else [args.command])])
+    given = sys.argv[1:] if sys.argv[0].endswith("bench.py") else [args.command]
+    command = shlex.join(["python", "bench.py", *given])
     machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {cpu_name()}."
     text = "\n\n".join([f"# {title}", f"    {command}", machine, *paragraphs]) + "\n"
     with atomic_path(path) as temporary:
@@ -258,16 +266,16 @@ def bench_generate(args, work):
                          guidance_scale=args.guidance_scale)
             found["whole"] = found["text"] + found["steps"] + found["decode"]
             runs[name].append(found)
-            print(f"round {repeat + 1}, {name}: {found['steps'] / args.steps:.2f} s a step, whole {found['whole']:.1f} s, "
-                  f"peak {found['peak'] / 1e9:.2f} GB", flush=True)
+            print(f"round {repeat + 1}, {name}: {found['steps'] / args.steps:.2f} s a step, whole "
+                  f"{found['whole']:.1f} s, peak {found['peak'] / 1e9:.2f} GB", flush=True)
             apart[name] = difference(work / "official_float32.safetensors", audio)
     config = json.loads((Path(args.checkpoint) / "config.json").read_text())
-    from text import TextEncoder
-    tokens = TextEncoder.load(Path(args.checkpoint) / "text_encoder").tokenize([PROMPT])[0].shape[1] + 1
+    from text import read_tokenizer
+    tokens = len(read_tokenizer(Path(args.checkpoint) / "text_encoder").encode(PROMPT).ids) + 1
+    peaks = {dtype: matmul_peaks(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     flops = flops_of_step(config, tokens)
-    peaks = {dtype: matmul_peak(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     first, rows, numbers = next(iter(WAYS)), [], {"runs": runs, "peaks": peaks, "flops": flops, "apart": apart}
-    for name, (_, dtype) in WAYS.items():
+    for name, (way, dtype) in WAYS.items():
         cells = [name]
         for key, digits, scale in (("steps", 2, args.steps), ("text", 2, 1), ("decode", 1, 1), ("whole", 1, 1),
                                    ("load", 1, 1), ("peak", 2, 1e9)):
@@ -276,15 +284,16 @@ def bench_generate(args, work):
             numbers[f"{key}, {name}"] = statistics.median(ratios)
             cells.append(f"{statistics.median(values):.{digits}f}" + ("" if name == first else f"; x {spread(ratios)}"))
         speed = flops / statistics.median(run["steps"] / args.steps for run in runs[name])
-        cells[2:2] = [f"{speed / 1e9:.0f} ({100 * speed / peaks[dtype]:.0f} %)"]
+        cells[2:2] = ["" if way == "cropped" else
+                      f"{speed / 1e9:.0f} ({100 * speed / max(peaks[dtype].values()):.0f} %)"]
         rows.append([*cells, f"{apart[name]:.0e}"])
     report(args, "generate", "A generation at full size against the official method", [
-        f"{args.duration:g} s asked for, {args.steps} steps, guidance {args.guidance_scale:g}, {tokens} text tokens and "
-        f"duration beside {config['audio_seq_len']} frames: {flops / 1e12:.2f} TFLOP a guided step. This machine "
-        f"multiplies 2048 x 2048 matrices at {peaks['float32'] / 1e9:.0f} GFLOP/s in float32, "
-        f"{peaks['bfloat16'] / 1e9:.0f} in bfloat16. Medians of {args.repeats} rounds, each run its own process; x: "
-        "how many times the official number, round by round, with the range. Difference: largest of the audio to the "
-        "official one, over its largest sample (same weights and noise).",
+        f"{args.duration:g} s asked for, {args.steps} steps, guidance {args.guidance_scale:g}, {tokens} tokens of text "
+        f"and duration beside {config['audio_seq_len']} frames: {flops / 1e12:.2f} TFLOP a guided step. Two 2048 x "
+        f"2048 matrices are multiplied here at {shown(peaks['float32'])} in float32, {shown(peaks['bfloat16'])} in "
+        f"bfloat16; the share is of the higher. Medians of {args.repeats} rounds, each run its own process; x: times "
+        "the official number, round by round, with the range. Difference: largest of the audio to the official one, "
+        "over its largest sample (same weights and noise).",
         markdown(["way", "s a step", "GFLOP/s (share of peak)", "text, s", "decode, s", "whole, s", "load, s",
                   "peak memory, GB", "difference"], rows)], numbers)
 
@@ -304,15 +313,16 @@ def bench_vae(args, work):
                   f"{pair['ours']['decode']:.1f} s", flush=True)
     rows = []
     for seconds, pairs in runs.items():
-        extra = {way: [(pair[way]["peak"] - pair[way]["before"]) / 1e9 for pair in pairs] for way in ("official", "ours")}
+        extra = {way: [(pair[way]["peak"] - pair[way]["before"]) / 1e9 for pair in pairs]
+                 for way in ("official", "ours")}
         rows.append([f"{seconds:g}", *(f"{statistics.median(pair[way]['decode'] for pair in pairs):.1f}"
                                        for way in ("official", "ours")),
                      spread([pair["ours"]["decode"] / pair["official"]["decode"] for pair in pairs]),
                      *(f"{statistics.median(extra[way]):.2f}" for way in ("official", "ours")),
                      f"{max(pair['apart'] for pair in pairs):.0e}"])
     report(args, "vae", "Decoding what was asked for against decoding all", [
-        f"Medians of {args.repeats} rounds. Memory: what decoding takes beyond what was there before. Difference: largest "
-        "of the audio, over its largest sample.",
+        f"Medians of {args.repeats} rounds. Memory: what decoding takes beyond what was there before. Difference: "
+        "largest of the audio, over its largest sample.",
         markdown(["s asked for", "official, s", "ours, s", "x", "official, GB", "ours, GB", "difference"], rows)],
         {str(seconds): pairs for seconds, pairs in runs.items()})
 
@@ -323,9 +333,10 @@ def bench_load(args, work):
     rows, numbers = [], {}
     for parts in (("flow", "codec"), ("flow", "codec", "text")):
         found = side("load", args.checkpoint, parts=parts)
-        share = (found["peak"] - found["imported"]) / found["bytes"]
+        peak = found["peak"] - found["imported"]
+        share = peak / found["bytes"]
         numbers[" ".join(parts)] = {**found, "share": share}
-        rows.append([", ".join(parts), f"{found['bytes'] / 1e9:.2f}", f"{(found['peak'] - found['imported']) / 1e9:.2f}",
+        rows.append([", ".join(parts), f"{found['bytes'] / 1e9:.2f}", f"{peak / 1e9:.2f}",
                      f"{share:.3f}", f"{found['load']:.1f}"])
     report(args, "load", "Memory while loading", [
         "float32; peak resident memory less that after imports.",
@@ -335,8 +346,8 @@ def bench_load(args, work):
 def add_flags(parser):
     """Flags of this file's commands, and of the processes that they start."""
     group = parser.add_argument_group("generate, vae, load")
-    group.add_argument("--size", choices=list(SIZES), default="tangoflux", help="of random weights (default: tangoflux, "
-                       "518 M + 156 M and a T5 as FLAN-T5-large's)")
+    group.add_argument("--size", choices=list(SIZES), default="tangoflux", help="of random weights (default: "
+                       "tangoflux, 518 M + 156 M and a T5 as FLAN-T5-large's)")
     group.add_argument("--duration", type=float, default=10.0, help="seconds asked for (default: 10, as paper)")
     group.add_argument("--longest", type=float, default=29.0, help="of vae, seconds (default: 29)")
     group.add_argument("--guidance_scale", type=float, default=4.5, help="default: 4.5, as paper")

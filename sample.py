@@ -1,14 +1,13 @@
-"""Text to audio: schedule, solvers, guidance, and prompt -> WAV (paper 2.4 and A.4, A.6, A.7).
+"""Text to audio: prompts in, WAV files out (paper 2.4 and A.4).
 
     python sample.py --prompt "a violin followed by rain"
     python sample.py --prompt "three beeps" --prompt "wind and a bird" --num_samples 4 --duration 3 --plot
     python sample.py --prompt_file prompts.txt --solver heun --steps 25 --guidance_scale 3.5
-    python sample.py --checkpoint declare-lab/TangoFlux --prompt "a dog barks" --steps 50 --guidance_scale 4.5
+    python sample.py --checkpoint declare-lab/TangoFlux --prompt "a dog barks" --duration 10 --profile tangoflux
     python sample.py --checkpoint runs/score --score 1.5 --prompt "three beeps"      # a model with a score head
 
-x_t = (1-t) x_1 + t x_0 with x_0 noise and x_1 data (Eq. 4); the network gives v = dx/dt = x_0 - x_1, so
-that sampling runs from t = 1 down to 0 and every step is negative. Letters: B batch, L latent frames, C
-latent channels, S text tokens, D text width.
+Schedule, solvers and guidance are in solvers.py. Letters: B batch, L latent frames, C latent channels, S text tokens, D
+text width.
 
 Where the official sampler and this one differ: every prompt of a batch has its own null row (the official
 code stops at several prompts), a guidance scale of 1 is the conditional branch alone (there: an error),
@@ -27,15 +26,14 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (UserError, check_writable, choose_device, generator, in_range, parse_arguments, run_main,
-                    side_by_side, warn)
-from model import (Condition, check_config, concat_conditions, encode_prompts, load_model, model_folder,
-                   null_condition, null_score, read_config, resolve, take_rows)
+from common import UserError, check_writable, choose_device, in_range, parse_arguments, run_main, side_by_side, warn
+from model import (Condition, check_config, encode_prompts, load_model, model_folder, null_condition, null_score,
+                   read_config, resolve, take_rows)
+from solvers import EVALUATIONS, SOLVERS, guided_velocity, noise_for, official_noise, schedule
 from text import well_formed
 from training import dtype_for
 
@@ -52,113 +50,6 @@ PROFILES = {"attm_sub1": {**SUBMISSION, "seed": 42}, "attm_sub2": {**SUBMISSION,
             # TangoFluxInference.generate, number by number (its float32, too)
             "official": {"guidance_scale": 4.5, "steps": 25, "solver": "euler", "noise": "official",
                          "max_text_length": 512, "dtype": "float32"}}
-
-
-# ----------------------------------------------------------------------------- the algorithm
-
-def schedule(steps):
-    """Times 1 = t_0 > ... > t_N = 0 of N steps, (N + 1,) float32: linspace(1, 1/N, N), then 0 (official code)."""
-    return torch.from_numpy(np.append(np.linspace(1.0, 1.0 / steps, steps), 0.0).astype(np.float32))
-
-
-def euler(velocity_fn, x, ts):
-    """Integrate dx/dt = velocity_fn(x, t) along `ts`: x <- x + (t_next - t) v (paper 2.4), one evaluation a step."""
-    for t, t_next in zip(ts[:-1], ts[1:]):
-        x = x + (t_next - t) * velocity_fn(x, t)                                   # (B, L, C)
-    return x
-
-
-def heun(velocity_fn, x, ts):
-    """Heun's trapezium rule (paper A.7): two evaluations a step, so N steps cost as much as 2N of Euler.
-
-    The last step is a full one as well: the velocity of a rectified flow is finite at t = 0 (unlike the
-    slope of diffusion ODEs, whose samplers end on an Euler step).
-    """
-    for t, t_next in zip(ts[:-1], ts[1:]):
-        slope = velocity_fn(x, t)                                                  # (B, L, C)
-        slope_next = velocity_fn(x + (t_next - t) * slope, t_next)                 # (B, L, C)
-        x = x + (t_next - t) * 0.5 * (slope + slope_next)
-    return x
-
-
-SOLVERS = {"euler": euler, "heun": heun}
-AHEAD = 2 ** 26             # numbers of modulations held for steps to come: 0.1 to 0.3 GB
-EVALUATIONS = {"euler": 1, "heun": 2}  # network calls a step; guidance makes each of them twice as wide
-
-
-def guide(cond, uncond, guidance_scale):
-    """Classifier-free guidance: uncond + w (cond - uncond); w = 1 is cond, w = 0 is uncond."""
-    return uncond + guidance_scale * (cond - uncond)
-
-
-def guide_two(both, text, neither, guidance_scale, score_scale):
-    """Text and score guided apart: neither + w (text - neither) + w_s (both - text). w = w_s is Eq. 2.
-
-    Equation 2 of the second paper has one w for both together; this is our extension (after Brooks et al. 2023).
-    """
-    return neither + guidance_scale * (text - neither) + score_scale * (both - text)
-
-
-def prepared_velocity(flow, condition, ts=None):
-    """velocity(x (B, L, C), t scalar) of a condition's rows, in x's own precision.
-
-    What does not depend on x (text, rotations, and the modulations of every block) is computed for many of the times
-    `ts` at once: as many as AHEAD numbers hold. None: for each time when it comes.
-    """
-    dtype, ready = next(flow.parameters()).dtype, {}
-    config, rows = flow.config, len(condition.text)
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    numbers = rows * width * (12 * config["num_layers"] + 3 * config["num_single_layers"] + 2)     # of one time
-    times = [] if ts is None else ts.tolist()
-
-    def velocity(x, t):
-        key = t.item()
-        if key not in ready:
-            first = times.index(key) if key in times else None
-            some = t[None] if first is None else ts[first:first + max(1, AHEAD // numbers)]
-            ready.clear()
-            ready.update(zip(some.tolist(), flow.prepare(some.to(condition.text.device), condition, x.shape[1])))
-        return flow.transformer.run(x.to(dtype), ready[key]).to(x.dtype)
-    return velocity
-
-
-def guided_velocity(flow, condition, null, guidance_scale, score_scale=None, ts=None):
-    """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision; `ts`: the times to come, if known.
-
-    Both branches are one batch [uncond; cond], in the official order; without `null` (None) there is the
-    conditional one alone. A condition with a score is guided jointly (second paper, Eq. 2: the null has neither text
-    nor score), or with `score_scale` in three branches [uncond; text alone; text and score].
-    """
-    if null is None:
-        return prepared_velocity(flow, condition, ts)
-    if score_scale is not None and condition.score is not None:
-        text_alone = condition._replace(score=null_score(condition.score))
-        three = concat_conditions(concat_conditions(null, text_alone), condition)              # 3B rows
-        three_branches = prepared_velocity(flow, three, ts)
-
-        def velocity_fn(x, t):
-            neither, text, both = three_branches(torch.cat([x, x, x]), t).chunk(3)             # (B, L, C) each
-            return guide_two(both, text, neither, guidance_scale, score_scale)
-        return velocity_fn
-    two_branches = prepared_velocity(flow, concat_conditions(null, condition), ts)             # 2B rows
-
-    def velocity_fn(x, t):
-        uncond, cond = two_branches(torch.cat([x, x]), t).chunk(2)                             # (B, L, C) each
-        return guide(cond, uncond, guidance_scale)
-    return velocity_fn
-
-
-def noise_for(seed, indices, shape):
-    """Noise of the samples `indices`, (B, *shape) float32 on the CPU: row i depends on (seed, i) alone."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, index)) for index in indices])
-
-
-def official_noise(seed, counts, shape):
-    """The noise of the official sampler: torch's generator seeded anew for each prompt, whose samples are one draw.
-
-    counts: samples of each prompt in a row -> (sum of counts, *shape) float32.
-    """
-    return torch.cat([torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed)) for count in counts])
 
 
 def negative_condition(text, negative_prompt, condition):
@@ -266,11 +157,12 @@ def even_pieces(frames, device):
     One piece for each of a CPU's threads, a single one elsewhere; with several lengths, at least one for each.
     """
     size = math.ceil(len(frames) / torch.get_num_threads()) if device.type == "cpu" else len(frames)
-    pieces = []
-    for length in dict.fromkeys(frames):
-        rows = [i for i, each in enumerate(frames) if each == length]
-        pieces += [rows[start:start + size] for start in range(0, len(rows), size)]
-    return pieces
+    return [rows[start:start + size] for rows in same_length(frames) for start in range(0, len(rows), size)]
+
+
+def same_length(frames):
+    """The places of equal numbers in a list, as lists: [3, 5, 3] -> [[0, 2], [1]]."""
+    return [[i for i, each in enumerate(frames) if each == length] for length in dict.fromkeys(frames)]
 
 
 def decode(model, latents, durations=None, batch_size=16, progress=False, cropped=False):
@@ -283,11 +175,12 @@ def decode(model, latents, durations=None, batch_size=16, progress=False, croppe
     codec = model.codec
     reference = next(codec.parameters())
     bar = progress_bar(progress, len(latents), "decoding")
-    frames = [latents.shape[1] if durations is None else min(frames_of(codec, seconds), latents.shape[1])
-              for seconds in durations or latents]
-    pieces, audios = [list(range(i, min(i + batch_size, len(latents)))) for i in range(0, len(latents), batch_size)], {}
-    if cropped:
-        pieces = even_pieces(frames, torch.device("meta"))
+    frames = [latents.shape[1]] * len(latents)
+    if durations is not None:
+        frames = [min(frames_of(codec, seconds), latents.shape[1]) for seconds in durations]
+    groups = same_length(frames) if cropped else [list(range(len(frames)))]
+    pieces = [group[start:start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    audios = {}
     for piece in pieces:
         longest = max(frames[i] for i in piece)
         batch = latents[piece, :longest if cropped else None].to(reference.device, reference.dtype)
@@ -297,8 +190,9 @@ def decode(model, latents, durations=None, batch_size=16, progress=False, croppe
             bar.update(len(batch))
     if bar is not None:
         bar.close()
-    ends = [None if durations is None else max(1, int(seconds * codec.sampling_rate)) for seconds in durations or latents]
-    return [audios[i][:, :end] for i, end in enumerate(ends)]
+    if durations is None:
+        return [audios[i] for i in range(len(latents))]
+    return [audios[i][:, :max(1, int(seconds * codec.sampling_rate))] for i, seconds in enumerate(durations)]
 
 
 def progress_bar(wanted, total, what):
@@ -401,18 +295,18 @@ def make_parser():
                             "10, 15)")
     group.add_argument("--reward", help="folder or hub id of the CLAP that scores them (default: the bundled one; "
                                         "paper: laion/clap-htsat-unfused)")
-    group.add_argument("--noise", choices=["indexed", "official"], default="indexed", help="sample i from (seed, i), or "
-                       "as the official code: the seed anew for each prompt, whose samples are one draw (default: "
+    group.add_argument("--noise", choices=["indexed", "official"], default="indexed", help="sample i from (seed, i), "
+                       "or as the official code: the seed anew for each prompt, whose samples are one draw (default: "
                        "indexed)")
-    group.add_argument("--max_text_length", type=int, help="tokens of a prompt (default: the text encoder's, 64 for the "
-                       "toy and FLAN-T5's 512; paper: 64 in training, official sampler 512)")
+    group.add_argument("--max_text_length", type=int, help="tokens of a prompt (default: the text encoder's, 64 for "
+                       "the toy and FLAN-T5's 512; paper: 64 in training, official sampler 512)")
     group.add_argument("--crop_latents", action="store_true", help="denoise the frames of the duration alone, faster "
                        "and a little worse (default: all, as the paper)")
     group.add_argument("--first_index", type=int, default=0, metavar="I",
                        help="the first sample is made from (seed, I), the next from (seed, I + 1), ... (default 0; "
                             "the index in a scores.jsonl makes that clip again)")
     add_sampling_flags(parser)
-    parser.set_defaults(guidance_scale=None)                # depends on the model: see default_guidance
+    parser.set_defaults(guidance_scale=None)                # depends on the codec: see main
     group = parser.add_argument_group("score (second paper, III-B and III-E)")
     group.add_argument("--score", type=float, help="what a model with a score head is asked for, in the units of its "
                        "training scores (default: nothing; second paper: 5.0)")
@@ -421,8 +315,8 @@ def make_parser():
     group.add_argument("--prompt_prefix", default="", help='put before every prompt (default: none; second paper: '
                        '"high quality instrumental music, ")')
     group.add_argument("--profile", choices=list(PROFILES), help="all settings of: tangoflux, the paper; official, its "
-                       "code's generate(); attm_sub1 and 2, the second paper's submissions, but for Demucs; flags given "
-                       "beside it win")
+                       "code's generate(); attm_sub1 and 2, the second paper's submissions, but for Demucs; flags "
+                       "given beside it win")
     group.add_argument("--lufs", type=float, help="normalise loudness to so many LUFS (needs pyloudnorm; default: not; "
                        "second paper: -16.5)")
     group.add_argument("--true_peak", type=float, default=-1.0, metavar="DB", help="ceiling of --lufs, which limits "
@@ -431,8 +325,8 @@ def make_parser():
     group.add_argument("--output", default="out", help="a .wav file, or a folder (default out)")
     group.add_argument("--plot", action="store_true", help="a spectrogram picture beside each WAV (needs matplotlib)")
     add_model_flags(parser, dtype="auto")
-    group.add_argument("--compile", action="store_true", help="let torch.compile make the flow's step: a minute or more "
-                       "before the first, for many samples on a GPU (default: not)")
+    group.add_argument("--compile", action="store_true", help="let torch.compile make the flow's step: a minute or "
+                       "more before the first, for many samples on a GPU (default: not)")
     return parser
 
 
@@ -457,8 +351,8 @@ def add_model_flags(parser, batch_size=16, checkpoint=DEFAULT_CHECKPOINT, dtype=
                        f"{checkpoint.relative_to(HERE)}; paper: {OFFICIAL})")
     group.add_argument("--batch_size", type=int, default=batch_size, help=f"samples at a time (default {batch_size})")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=dtype,
-                       help=f"precision of the flow (default {dtype}; auto is bfloat16 where the hardware multiplies in "
-                            "it; official code: float32). Text encoder and codec: float32")
+                       help=f"precision of the flow (default {dtype}; auto is bfloat16 where the hardware multiplies "
+                            "in it; official code: float32). Text encoder and codec: float32")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
 
 
@@ -604,6 +498,8 @@ def main(argv=None):
     folder, config, kind = open_model(args.checkpoint)
     if args.guidance_scale is None:
         args.guidance_scale = 4.5 if kind == "oobleck" else 3.0          # the paper's, for the paper's codec
+    if clap and not args.reward and kind == "oobleck":
+        warn("the bundled CLAP knows the built-in world alone; the paper's is --reward laion/clap-htsat-unfused")
     if args.score is not None and not config.get("score_head"):
         raise UserError(f"--score needs a model with a score head, and {args.checkpoint} has none: python train_fm.py "
                         "--score_column makes one")

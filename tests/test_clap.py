@@ -9,6 +9,7 @@ import torch
 from conftest import relative_error
 
 import train_clap
+from audio import resample
 from clap import POSITIONS, FrontEnd, build, load_clap
 from common import UserError, generator, load_tensors, read_jsonl
 from weights import Weights, load_weights
@@ -65,6 +66,16 @@ def test_a_batch_of_unequal_clips_equals_each_alone():
     together, longer = front(clips)
     for i, clip in enumerate(clips):
         assert torch.equal(together[i], front([clip])[0][0]) and longer[i, 0] == (len(clip) > 48000)
+
+
+def test_ten_seconds_of_the_official_rate_are_heard_whole():
+    """TangoFlux's 441,000 samples are 480,000 at CLAP's rate, what it hears: nothing is cut, fused or not."""
+    audio = 0.1 * torch.randn(441000, generator=generator(0))
+    for truncation in ("rand_trunc", "fusion"):
+        front = FrontEnd(truncation=truncation)
+        heard = resample(audio, 44100, front.sampling_rate)
+        assert len(heard) == front.samples and not front([heard])[1].any()
+        assert front([torch.cat([heard, heard[:481]])])[1].all()
 
 
 # ----------------------------------------------------------------------------- the network

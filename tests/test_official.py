@@ -13,6 +13,7 @@ from conftest import ROOT, relative_error
 import crpo
 import race
 import sample
+import solvers
 import train_fm
 from common import UserError, load_tensors, read_json, save_tensors, write_json
 from model import PRESETS, TangoFlux, load_model, save_model
@@ -25,7 +26,7 @@ PROMPTS = ["rain", "Hammer slowly hitting the wooden table", "a dog barks far aw
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model folder in the official layout, without what only we write into config.json (but its codec's size)."""
+    """A tiny model folder in the official layout: of what only we write into config.json, the codec's size alone."""
     folder = race.random_folder(tmp_path_factory.mktemp("official") / "model", "tiny")
     config = {name: value for name, value in read_json(folder / "config.json").items() if name != "references"}
     write_json(folder / "config.json", {**config, "text_encoder_name": "google/flan-t5-large"})
@@ -101,7 +102,7 @@ def test_pickles_are_read_as_plain_weights_or_not_at_all(folder, tmp_path, monke
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     torch.save({"state_dict": tensors}, tmp_path / "m" / "tangoflux.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(find_weights(tmp_path / "m", "tangoflux.safetensors")["fc.0.bias"], tensors["fc.0.bias"])
-    (tmp_path / "m" / "tangoflux.pt").write_bytes(pickle.dumps({"fc.0.bias": Harm()}))
+    (tmp_path / "m" / "tangoflux.pt").write_bytes(pickle.dumps({"fc.0.bias": Harm()}, 2))
     with pytest.raises(UserError, match="tangoflux.pt is a pickle that torch's weights_only reader refuses"):
         load_model(tmp_path / "m", parts=("flow",))
     torch.save({"epoch": 3}, tmp_path / "m" / "tangoflux.pt")
@@ -230,7 +231,7 @@ def test_crpo_from_the_hub_writes_a_folder_that_loads(offline, tmp_path, capsys)
 def test_official_noise_is_torchs_own_for_each_prompt():
     torch.manual_seed(3)
     one, two = torch.randn(2, 5, 4), torch.randn(1)
-    noise = sample.official_noise(3, [2, 2], (5, 4))
+    noise = solvers.official_noise(3, [2, 2], (5, 4))
     assert torch.equal(noise[:2], one) and torch.equal(noise[2:], one) and two.numel()
 
 
@@ -306,7 +307,7 @@ def test_transformer_codec_and_trajectory_equal_diffusers(middle):
         assert relative_error(mean.transpose(1, 2), posterior.mean) < 1e-5
         assert relative_error(std.transpose(1, 2), posterior.std) < 1e-5
         assert relative_error(model.codec.decode(mean), peer.vae.decode(posterior.mean).sample) < 1e-5
-    noise = sample.official_noise(5, [1] * 3, (60, 16))
+    noise = solvers.official_noise(5, [1] * 3, (60, 16))
     for steps, scale in ((10, 4.5), (4, 2.0)):
         ours = sample.generate(model, PROMPTS, [0.5, 1.0, 1.7], steps=steps, guidance_scale=scale, noise=noise)
         theirs = torch.cat([peer.inference_flow(prompt, seconds, steps, scale, seed=5)

@@ -11,6 +11,7 @@ import torch
 from conftest import PICTURES, relative_error
 
 import sample
+import solvers
 from common import UserError, side_by_side
 from model import PRESETS, AdaLN, Condition, TangoFlux, concat_conditions, save_model
 from text import make_text_encoder
@@ -25,50 +26,50 @@ def growth(x, t):
 
 def error_of(solver, steps):
     x = torch.ones(1, 1, 1, dtype=torch.float64)
-    return (solver(growth, x, sample.schedule(steps).double()) - math.exp(-2.0)).abs().item()
+    return (solver(growth, x, solvers.schedule(steps).double()) - math.exp(-2.0)).abs().item()
 
 
-@pytest.mark.parametrize("solver, order", [(sample.euler, 1), (sample.heun, 2)])
+@pytest.mark.parametrize("solver, order", [(solvers.euler, 1), (solvers.heun, 2)])
 def test_solvers_converge_at_their_order(solver, order):
     assert math.log2(error_of(solver, 64) / error_of(solver, 128)) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("solver", sample.SOLVERS.values())
+@pytest.mark.parametrize("solver", solvers.SOLVERS.values())
 @pytest.mark.parametrize("steps", [1, 3, 25])
 def test_straight_paths_are_exact(solver, steps):
     """x_t = (1-t) data + t noise has the constant velocity noise - data: one step reaches the data."""
     data, noise = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
-    result = solver(lambda x, t: noise - data, noise, sample.schedule(steps))
+    result = solver(lambda x, t: noise - data, noise, solvers.schedule(steps))
     assert torch.allclose(result, data, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sample.SOLVERS)
+@pytest.mark.parametrize("name", solvers.SOLVERS)
 def test_number_of_evaluations(name):
     times = []
-    sample.SOLVERS[name](lambda x, t: times.append(float(t)) or x, torch.zeros(1, 1, 1), sample.schedule(7))
+    solvers.SOLVERS[name](lambda x, t: times.append(float(t)) or x, torch.zeros(1, 1, 1), solvers.schedule(7))
     assert len(times) == 7 * sample.EVALUATIONS[name]
     assert times[0] == 1.0 and min(times) >= 0.0
 
 
 def test_schedule_runs_from_noise_to_data():
-    ts = sample.schedule(25)
+    ts = solvers.schedule(25)
     assert ts.dtype == torch.float32 and len(ts) == 26 and ts[0] == 1 and ts[-1] == 0
     assert torch.allclose(ts, torch.linspace(1, 0, 26), atol=1e-6)
 
 
 def test_guidance_algebra():
     cond, uncond = torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(sample.guide(cond, cond, 4.5), cond)
-    assert torch.equal(sample.guide(cond, uncond, 0.0), uncond)
-    assert torch.allclose(sample.guide(cond, uncond, 1.0), cond, atol=1e-6)
-    assert torch.allclose(sample.guide(cond, uncond, 3.0), 3 * cond - 2 * uncond, atol=1e-5)
+    assert torch.equal(solvers.guide(cond, cond, 4.5), cond)
+    assert torch.equal(solvers.guide(cond, uncond, 0.0), uncond)
+    assert torch.allclose(solvers.guide(cond, uncond, 1.0), cond, atol=1e-6)
+    assert torch.allclose(solvers.guide(cond, uncond, 3.0), 3 * cond - 2 * uncond, atol=1e-5)
 
 
 def test_noise_depends_on_seed_and_index_alone():
-    some = sample.noise_for(3, [5, 9], (4, 2))
-    assert torch.equal(some[1], sample.noise_for(3, [9], (4, 2))[0])
+    some = solvers.noise_for(3, [5, 9], (4, 2))
+    assert torch.equal(some[1], solvers.noise_for(3, [9], (4, 2))[0])
     assert not torch.equal(some[0], some[1])
-    assert not torch.equal(some[0], sample.noise_for(4, [5], (4, 2))[0])
+    assert not torch.equal(some[0], solvers.noise_for(4, [5], (4, 2))[0])
 
 
 # ----------------------------------------------------------------------------- parity
@@ -88,7 +89,7 @@ def fixture_conditions(fixture, samples):
 def test_official_sampler(parity):
     fixture = parity("tangoflux_tiny")
     settings = fixture.info["values"]["sampler"]
-    ts = sample.schedule(settings["num_inference_steps"])
+    ts = solvers.schedule(settings["num_inference_steps"])
     assert torch.equal(ts, fixture.tensors["sampler.sigmas"])
     flow = TangoFlux(fixture.info["config"]).eval()
     flow.load_state_dict(fixture.weights)
@@ -96,13 +97,13 @@ def test_official_sampler(parity):
     noise = fixture.tensors["sampler.noise"]
     for scale in settings["guidance_scales"]:
         name = f"sampler.w{scale}"
-        velocity_fn = sample.guided_velocity(flow, condition, None if scale == 1 else null, scale)
+        velocity_fn = solvers.guided_velocity(flow, condition, None if scale == 1 else null, scale)
         with torch.no_grad():
             first = velocity_fn(noise, ts[0])
             steps = [noise]
             for k in range(len(ts) - 1):
-                steps.append(sample.euler(velocity_fn, steps[-1], ts[k:k + 2]))
-            whole = sample.euler(velocity_fn, noise, ts)
+                steps.append(solvers.euler(velocity_fn, steps[-1], ts[k:k + 2]))
+            whole = solvers.euler(velocity_fn, noise, ts)
         assert relative_error(first, fixture.tensors[f"{name}.guided_velocity_first_step"]) < 1e-4
         assert relative_error(torch.stack(steps[1:]), fixture.tensors[f"{name}.trajectory"]) < 1e-4
         assert relative_error(whole, fixture.tensors[f"{name}.final"]) < 1e-4
@@ -148,7 +149,7 @@ def model(folder):
 
 
 @pytest.mark.parametrize("negative", [None, "rain followed by wind and rain"])
-@pytest.mark.parametrize("solver", sample.SOLVERS)
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_no_row_depends_on_its_batch(model, solver, negative):
     """Sample 3 of 8 unequal prompts equals the same sample alone."""
     durations = [0.1 + 0.05 * i for i in range(8)]
@@ -204,7 +205,7 @@ def test_guidance_is_one_batch_null_first(model):
             return list(ts)
     condition = sample.encode_prompts(model.text, PROMPTS[:2], torch.tensor([0.2, 0.5]))
     null = sample.null_condition(model.text, condition)
-    sample.guided_velocity(Spy(1, 1), condition, null, 2.0)(torch.zeros(2, 8, 6), torch.tensor(0.25))
+    solvers.guided_velocity(Spy(1, 1), condition, null, 2.0)(torch.zeros(2, 8, 6), torch.tensor(0.25))
     (t, both, frames), shape = seen
     assert shape == (4, 8, 6) and t.tolist() == [0.25] and frames == 8
     assert torch.equal(both.text, concat_conditions(null, condition).text)
@@ -215,14 +216,14 @@ def test_guidance_is_one_batch_null_first(model):
 def test_steps_prepared_ahead_are_those_of_the_network(model, monkeypatch):
     """However many steps are prepared at once, the velocity is flow.velocity's; packed weights change nothing."""
     condition = sample.encode_prompts(model.text, PROMPTS[:2], torch.tensor([0.2, 0.5]))
-    ts, x = sample.schedule(5), torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    ts, x = solvers.schedule(5), torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
     packed = copy.deepcopy(model.flow).pack(40)
     with torch.inference_mode():
         expected = [model.flow.velocity(x, t.expand(2), condition) for t in ts]
         for ahead in (1, 20000, 2 ** 26):
-            monkeypatch.setattr(sample, "AHEAD", ahead)
+            monkeypatch.setattr(solvers, "AHEAD", ahead)
             for flow in (model.flow, packed):
-                velocity_fn = sample.prepared_velocity(flow, condition, ts)
+                velocity_fn = solvers.prepared_velocity(flow, condition, ts)
                 for t, velocity in zip(ts, expected):
                     assert relative_error(velocity_fn(x, t), velocity) < 1e-5
             assert relative_error(velocity_fn(x, torch.tensor(0.123)),
@@ -240,8 +241,8 @@ def test_cropped_rows_are_those_of_a_shorter_model(model):
         assert sample.frames_of(codec, seconds) == frames and not latents[i, frames:].any()
         condition, null = sample.encode_conditions(model.text, [PROMPTS[i]], [seconds])[0]
         with torch.inference_mode():
-            velocity_fn = sample.guided_velocity(model.flow, condition, null, 3.0)
-            alone = sample.euler(velocity_fn, sample.noise_for(0, [i], (8, 6))[:, :frames], sample.schedule(2))
+            velocity_fn = solvers.guided_velocity(model.flow, condition, null, 3.0)
+            alone = solvers.euler(velocity_fn, solvers.noise_for(0, [i], (8, 6))[:, :frames], solvers.schedule(2))
         assert relative_error(latents[i:i + 1, :frames], alone) < 1e-4
     whole = sample.decode(model, latents, durations, cropped=True)
     assert [audio.shape[1] for audio in whole] == [8000, 1600, 4800, 1600]

@@ -13,7 +13,7 @@ import train_fm
 from common import UserError, load_tensors
 from model import (SCORE_HEADS, TangoFlux, concat_conditions, encode_prompts, load_model, null_condition, null_score,
                    save_model, with_score_head)
-from sample import guided_velocity
+from solvers import guided_velocity
 
 HEADS = list(SCORE_HEADS)
 
