@@ -88,7 +88,7 @@ def cells(values):
     """A summary as cells of HEADS."""
     return [f"{values[name]:.4f}" for name in ("reward", "judge")] + [
         f"{values[name]:.3f}" for name in ("f1", "order", "count", "exact")] + [
-        f"{values['frechet']:.3f}", f"{values['kl']:.3f}"]
+        f"{round(values[name], 3) + 0.0:.3f}" for name in ("frechet", "kl")]                    # never "-0.000"
 
 
 def gains(aligned, base, real, draws=1000, seed=0):
@@ -212,7 +212,8 @@ def compare_shortcuts(args):
     for name, dtype, crop in (("float32", "float32", False), ("bfloat16", "bfloat16", False),
                               ("float32, cropped", "float32", True), ("bfloat16, cropped", "bfloat16", True)):
         model = load_model(args.checkpoint[0], device, getattr(torch, dtype))
-        settings = argparse.Namespace(**{**vars(args), "dtype": dtype, "crop_latents": crop})
+        place = f"{args.cache}/shortcuts_{device.type}_{args.batch_size}_{torch.get_num_threads()}"     # it is timed
+        settings = argparse.Namespace(**{**vars(args), "dtype": dtype, "crop_latents": crop, "cache": place})
         made, took = sampled(model, settings, prompts, seconds, args.seed)
         found = {key: tensor.numpy() for key, tensor in ears.listen(made, scenes).items()}
         numbers[name] = {**summary(found, real), "seconds": took}
@@ -225,7 +226,7 @@ def compare_shortcuts(args):
         f"{args.prompts} prompts of World(\"test\", pairs=\"{args.pairs}\") of 1 to 4 s, "
         f"{shown(args.checkpoint[0])}, the same noise; {args.steps} {args.solver} steps, guidance "
         f"{args.guidance_scale:g}; {args.batch_size} at a time on {torch.get_num_threads()} threads, seconds a clip "
-        "without decoding.",
+        "without decoding and without the packed weights of sample.py.",
         markdown(["way", *HEADS, "seconds"], rows),
         "Differences to float32 on all latents, in brackets their 95 % intervals over prompts (Frechet distance: the "
         "ratio):", markdown(["way", *HEADS[:6], "Frechet ratio", "seconds"], table)], numbers, "alignment.py")

@@ -2,7 +2,7 @@
 
     python bench.py crpo                    # an iteration of CRPO, toy; 3 rounds, on two cores 25 minutes
     python bench.py crpo --prompts 12 --repeats 1
-    python bench.py generate                # a generation at full size (race.py), 40 minutes, 9 GB (needs diffusers)
+    python bench.py generate                # a generation at full size (race.py), 40 minutes, needs diffusers and 9 GB
     python bench.py generate --steps 4 --repeats 1 --checkpoint FOLDER
     python bench.py vae                     # decoding: seconds and memory by duration (needs diffusers)
     python bench.py load                    # memory while loading
@@ -32,7 +32,8 @@ import crpo
 import race
 from audio import read_audio, write_wav
 from clap import load_clap
-from common import atomic_path, check_writable, choose_device, in_range, parse_arguments, run_main, write_json
+from common import (UserError, atomic_path, check_writable, choose_device, in_range, parse_arguments, run_main,
+                    write_json)
 from evaluate import markdown
 from model import encode_prompts, load_model, null_condition
 from preferences import draw_prompts, encode_all, make_candidates, prompt_pool, score_candidates, write_pairs
@@ -189,7 +190,8 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=24, help="over the M pairs (default: 24, as crpo.py)")
     parser.add_argument("--official_steps", type=int, default=50,
                         help="sampler steps of the official way (default: 50)")
-    parser.add_argument("--repeats", type=int, help="rounds (default: crpo 3, after one to warm up; generate 5; vae 3)")
+    parser.add_argument("--repeats", type=int, help="rounds (default: crpo 3, after one to warm up; generate 5; vae 3; "
+                        "load always 1)")
     parser.add_argument("--steps", type=int, help="of the sampler (default: crpo 10, as crpo.py; generate 25, as "
                         "the official code)")
     race.add_flags(parser)
@@ -203,6 +205,8 @@ def main(argv=None):
     in_range("--duration", args.duration, 0.01, 1000)
     in_range("--longest", args.longest, 2.5, 1000)
     if args.command == "side":
+        if not (args.way and args.checkpoint and args.dtype):
+            raise UserError("side is what the other commands start; use crpo, generate, vae or load")
         return race.run_side(args)
     choose_device("cpu")
     if args.command != "crpo":

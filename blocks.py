@@ -1,4 +1,4 @@
-"""The parts of FluxTransformer: embeddings of t, text, duration and score, attention, double and single blocks.
+"""The parts of FluxTransformer: matrix products; embeddings of t, text, duration, score; attention; both blocks.
 
 Names and arithmetic are those of the official code (diffusers' Flux blocks); model.py puts the parts together.
 

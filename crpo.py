@@ -396,8 +396,8 @@ def run(args):
     policy, folders = args.checkpoint, {"base": args.checkpoint}
     flow = policy_model(args, policy, device, ("flow",)).flow
     if args.reward == str(REWARD) and open_model(policy)[2] == "oobleck":
-        warn("the bundled CLAPs know the built-in world alone; the paper's are --reward laion/clap-htsat-unfused --judge "
-             "laion/clap-htsat-fused")
+        warn("the bundled CLAPs know the built-in world alone; the paper's are --reward laion/clap-htsat-unfused "
+             "--judge laion/clap-htsat-fused")
     pool = prompt_pool(args, flow.config["max_duration"]) if not args.pairs else []
     if not args.pairs and len(pool) < args.prompts:
         raise UserError(f"--prompts {args.prompts} is more than the {len(pool)} prompts of the pool; "

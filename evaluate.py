@@ -70,8 +70,11 @@ def through_codec(model, clips, batch_size=16):
 weights_hash = lru_cache(module_hash)  # of networks that do not change while this runs
 
 
-def sampled(model, args, prompts, durations, seed, indices=None, steps=None, solver=None, crop=True):
-    """Generated clips (N, 65536) for the prompts, and the seconds that sampling took; finished blocks are read back."""
+def sampled(model, args, prompts, durations, seed, indices=None, steps=None, solver=None, cut=True):
+    """Generated clips (N, 65536) for the prompts, and the seconds that sampling took; finished blocks are read back.
+
+    cut: at the duration. args.crop_latents, where it is: as --crop_latents of sample.py.
+    """
     settings = {"weights": [weights_hash(part) for part in (model.flow, model.text, model.codec)], "seed": seed,
                 "prompts": prompts, "durations": durations, "indices": indices or list(range(len(prompts))),
                 "steps": steps or args.steps, "solver": solver or args.solver, "scale": args.guidance_scale,
@@ -91,7 +94,7 @@ def sampled(model, args, prompts, durations, seed, indices=None, steps=None, sol
         saved = load_tensors(path)
         latents.append(saved["latents"])                                           # (B, L, C)
         seconds += saved["seconds"].item()
-    audios = decode(model, torch.cat(latents), durations if crop else None, args.batch_size, True, cropped)
+    audios = decode(model, torch.cat(latents), durations if cut else None, args.batch_size, True, cropped)
     return as_clips(model.codec, audios), seconds
 
 
@@ -323,7 +326,7 @@ def duration(args, model, heads):
         real, truths = render(World("test", pairs="all", duration=seconds), range(args.clips))
         prompts = [scene.prompt for scene in truths]
         asked.append(np.full(args.clips, seconds))
-        made, _ = sampled(model, args, prompts, [seconds] * args.clips, args.seed, crop=False)
+        made, _ = sampled(model, args, prompts, [seconds] * args.clips, args.seed, cut=False)
         rows["generated"].append(lengths(made))
         rows["real scenes"].append(lengths(real))
         rows["real through the codec"].append(lengths(through_codec(model, real, args.batch_size)))

@@ -18,7 +18,7 @@ A score, such as a listener's reward, may be a further input (Kim et al., "Impro
 Human Preference Rewards", III-B; its code is not published: all but the five names is our reading): `ScoreEmbed`.
 
 Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token), M blocks,
-N = S+1+L tokens in all, D width, H heads, A width of a head, T width of the text encoder.
+N = S+1+L tokens in all, K times prepared at once, D width, H heads, A width of a head, T width of the text encoder.
 """
 import itertools
 import math
@@ -238,7 +238,7 @@ class TangoFlux(nn.Module):
     def pack(self, rows):
         """Make this a network for sampling: q, k and v one product, on a CPU weights in oneDNN's order of storage.
 
-        `rows`: B N of the batches to come. The weights move: there is no state_dict afterwards, nor training.
+        `rows`: about B N of the batches to come. The weights move: there is no state_dict afterwards, nor training.
         """
         for module in list(self.modules()):
             if isinstance(module, Attention):
@@ -329,6 +329,11 @@ def replace_rows(condition, rows, other):
     def pick(ours, theirs):
         return None if ours is None else torch.where(rows.view(-1, *[1] * (ours.dim() - 1)), theirs, ours)
     return Condition(*map(pick, condition, other))
+
+
+def moved(condition, device):
+    """`condition` on `device`."""
+    return Condition(*(None if value is None else value.to(device) for value in condition))
 
 
 def take_rows(condition, rows):

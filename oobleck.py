@@ -93,13 +93,12 @@ class WeightNormConv(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(1, 2), keepdim=True))
 
     def forward(self, x):
-        weight = self.folded
-        if weight is None:
-            weight = self.weight()
-            if x.dim() == 4:
-                weight = weight[:, :, None].contiguous(memory_format=torch.channels_last)
-            if self.fold:               # at first use: a sampler never uses the encoder
-                self.folded = weight = weight.detach()
+        if self.fold and self.folded is None:           # at first use: a sampler never uses the encoder
+            with torch.inference_mode(False), torch.no_grad():          # for who trains through the codec later
+                self.folded = self.weight()
+                if x.dim() == 4:
+                    self.folded = self.folded[:, :, None].contiguous(memory_format=torch.channels_last)
+        weight = self.weight() if self.folded is None else self.folded
         if x.dim() == 4:
             weight = weight if weight.dim() == 4 else weight[:, :, None]
             return self.convolve_2d(x, weight, self.bias, **self.settings_2d)

@@ -4,7 +4,7 @@ bench.py's commands `generate`, `vae` and `load`. Every run is a process of its 
 turn, so that none finds the other's memory or caches. Weights are random, for speed does not depend on them, and are
 written once to a folder in the official layout; --checkpoint takes one with real weights (and T5 in text_encoder/).
 
-Letters: N tokens, D width, L latent frames, K sampler steps.
+Letters: N tokens, D width, L latent frames.
 """
 import argparse
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from blocks import onednn_multiplies
 from common import UserError, atomic_path, check_writable, load_tensors, save_tensors, write_json
 from evaluate import markdown
 
@@ -33,7 +34,7 @@ WAYS = {"official, float32": ("official", "float32"), "ours, float32": ("ours", 
 # ----------------------------------------------------------------------------- a folder in the official layout
 
 def random_folder(folder, size="tangoflux", seed=0):
-    """Write a model folder in the official layout with random weights, none of them zero; returns its path.
+    """Write a model folder in the official layout with random weights, no matrix of them zero; returns its path.
 
     size "tangoflux": 518 M + 156 M parameters and a T5 encoder as large as FLAN-T5-large's. "tiny" is for tests.
     """
@@ -69,7 +70,7 @@ def peak_memory():
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except OSError:                                             # no /proc: a parent's peak may count as well
+    except (OSError, IndexError):                               # not told here: a parent's peak may count as well
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -78,7 +79,7 @@ def resident_memory():
     """Resident memory of this process now, in bytes (0 where there is no /proc)."""
     try:
         return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
-    except OSError:
+    except (OSError, IndexError):
         return 0
 
 
@@ -92,18 +93,22 @@ def run_side(args):
         found["imported"] = resident_memory()
         model = load_model(args.checkpoint, parts=tuple(args.parts))
         parts = [module for module in (model.flow, model.codec, model.text) if module is not None]
-        found["bytes"] = sum(tensor.numel() * 4 for part in parts for tensor in {
-            id(tensor): tensor for tensor in part.state_dict().values()}.values())
+        found["bytes"] = sum(4 * parameter.numel() for part in parts for parameter in part.parameters())
         found["load"] = time.perf_counter() - began
     elif args.way.endswith("vae"):
         found |= decode_alone(args)
     elif args.way == "official":
+        from diffusers import AutoencoderOobleck, FluxTransformer2DModel  # noqa: F401  (imports are not loading)
+        from transformers import T5EncoderModel  # noqa: F401
+
         from official import Official
+        began = time.perf_counter()
         peer = Official(args.checkpoint)
         found["load"] = time.perf_counter() - began
         audio = peer.generate(PROMPT, args.duration, args.steps, args.guidance_scale)
         found |= {**peer.seconds, "steps": sum(peer.seconds["steps"])}
     else:
+        import transformers.models.t5.modeling_t5  # noqa: F401
         found |= dict.fromkeys(("load", "text", "steps", "decode"), 0.0)
         audio = sample_as_ever(args, found)
     found["peak"] = peak_memory()
@@ -125,9 +130,9 @@ def sample_as_ever(args, found):
         now = time.perf_counter()
         found[stage] += now - mark
         mark = now
-    folder, _, _ = sample.open_model(args.checkpoint)
-    audios, _ = sample.produce(sample.parse_args(flags), folder, torch.device("cpu"), args.dtype, [PROMPT],
-                               [args.duration], done)
+    from model import model_folder
+    audios, _ = sample.produce(sample.parse_args(flags), model_folder(args.checkpoint), torch.device("cpu"), args.dtype,
+                               [PROMPT], [args.duration], done)
     return audios[0]
 
 
@@ -177,7 +182,7 @@ def matmul_peaks(dtype, size=2048, repeats=12):
     x = torch.randn(size, size).to(dtype)
     ways, peaks = {"torch": lambda: x @ x}, {}
     with torch.inference_mode():
-        if torch.backends.mkldnn.is_available():
+        if onednn_multiplies(x):
             packed = torch.ops.mkldnn._reorder_linear_weight(x, size)
             ways["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
         for name, way in ways.items():
@@ -258,6 +263,7 @@ def with_folder(command):
 @with_folder
 def bench_generate(args, work):
     """Whole generations by every way in turn: seconds per step, per stage, peak memory, share of the matmul peak."""
+    peaks = {dtype: matmul_peaks(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     runs, apart = {name: [] for name in WAYS}, {}
     for repeat in range(args.repeats):
         for name, (way, dtype) in WAYS.items():
@@ -272,7 +278,6 @@ def bench_generate(args, work):
     config = json.loads((Path(args.checkpoint) / "config.json").read_text())
     from text import read_tokenizer
     tokens = len(read_tokenizer(Path(args.checkpoint) / "text_encoder").encode(PROMPT).ids) + 1
-    peaks = {dtype: matmul_peaks(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     flops = flops_of_step(config, tokens)
     first, rows, numbers = next(iter(WAYS)), [], {"runs": runs, "peaks": peaks, "flops": flops, "apart": apart}
     for name, (way, dtype) in WAYS.items():
@@ -339,7 +344,7 @@ def bench_load(args, work):
         rows.append([", ".join(parts), f"{found['bytes'] / 1e9:.2f}", f"{peak / 1e9:.2f}",
                      f"{share:.3f}", f"{found['load']:.1f}"])
     report(args, "load", "Memory while loading", [
-        "float32; peak resident memory less that after imports.",
+        "float32, one run each; peak resident memory less that after imports.",
         markdown(["parts", "weights, GB", "peak, GB", "x", "s, imports included"], rows)], numbers)
 
 
@@ -351,6 +356,8 @@ def add_flags(parser):
     group.add_argument("--duration", type=float, default=10.0, help="seconds asked for (default: 10, as paper)")
     group.add_argument("--longest", type=float, default=29.0, help="of vae, seconds (default: 29)")
     group.add_argument("--guidance_scale", type=float, default=4.5, help="default: 4.5, as paper")
-    for name in ("--way", "--dtype", "--audio"):
+    group.add_argument("--way", choices=["official", "ours", "cropped", "official_vae", "ours_vae", "load"],
+                       help=argparse.SUPPRESS)
+    for name in ("--dtype", "--audio"):
         group.add_argument(name, help=argparse.SUPPRESS)
     group.add_argument("--parts", nargs="+", help=argparse.SUPPRESS)

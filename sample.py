@@ -6,7 +6,7 @@
     python sample.py --checkpoint declare-lab/TangoFlux --prompt "a dog barks" --duration 10 --profile tangoflux
     python sample.py --checkpoint runs/score --score 1.5 --prompt "three beeps"      # a model with a score head
 
-Schedule, solvers and guidance are in solvers.py. Letters: B batch, L latent frames, C latent channels, S text tokens, D
+Schedule, solvers and guidance are in solvers.py. Letters: B batch, L latent frames, C latent channels, S text tokens, T
 text width.
 
 Where the official sampler and this one differ: every prompt of a batch has its own null row (the official
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError, check_writable, choose_device, in_range, parse_arguments, run_main, side_by_side, warn
-from model import (Condition, check_config, encode_prompts, load_model, model_folder, null_condition, null_score,
+from model import (Condition, check_config, encode_prompts, load_model, model_folder, moved, null_condition, null_score,
                    read_config, resolve, take_rows)
 from solvers import EVALUATIONS, SOLVERS, guided_velocity, noise_for, official_noise, schedule
 from text import well_formed
@@ -60,7 +60,7 @@ def negative_condition(text, negative_prompt, condition):
     ids, mask = text.tokenize([negative_prompt])                                   # (1, S')
     size = max(ids.shape[1], condition.text.shape[1])
     ids, mask = (F.pad(rows, (0, size - rows.shape[1])).expand(len(condition.text), -1) for rows in (ids, mask))
-    hidden = text.encode(ids, mask)                                                # (B, S, D)
+    hidden = text.encode(ids, mask)                                                # (B, S, T)
     lengths = condition.pooled_mask.sum(1).to(hidden.device).clamp(min=int(mask[0].sum()))
     visible = torch.arange(size, device=hidden.device) < lengths[:, None]          # (B, S)
     return Condition(hidden, visible, mask.to(hidden.device), condition.duration,
@@ -70,7 +70,7 @@ def negative_condition(text, negative_prompt, condition):
 # ----------------------------------------------------------------------------- prompts -> latents -> audio
 
 def encode_conditions(text, prompts, durations, guidance_scale=3.0, negative_prompt=None, batch_size=16, score=None):
-    """What `generate` feeds the flow with: a list of (condition, null or None), one for each batch.
+    """What `generate` feeds the flow with: a list of (condition, null or None), one for each batch, on the CPU.
 
     Where no row has padding the masks are None, as in the official code: attention without a mask is quicker.
     """
@@ -85,13 +85,15 @@ def encode_conditions(text, prompts, durations, guidance_scale=3.0, negative_pro
                 null = (negative_condition(text, negative_prompt, condition) if negative_prompt else
                         null_condition(text, condition))
             both = [condition] if null is None else [condition, null]
-            if all(each.mask.all() for each in both) and len({each.text.shape[1] for each in both}) == 1:
+            full = all(each.mask is None or each.mask.all() for each in both)
+            if full and len({each.text.shape[1] for each in both}) == 1:
                 both = [each._replace(mask=None) for each in both]
+        both = [moved(each, "cpu") for each in both]            # of thousands of prompts a GPU would be full
         conditions.append((both[0], both[1] if null is not None else None))
     return conditions
 
 
-def frames_of(codec, seconds):
+def frames_for(codec, seconds):
     """Latent frames that hold the first int(seconds * rate) samples (the official cut), at least 1."""
     return max(1, math.ceil(int(seconds * codec.sampling_rate) / codec.hop))
 
@@ -127,9 +129,10 @@ def generate(model, prompts, durations, seed=0, indices=None, steps=25, guidance
                                                      batch_size, score)
         for start, (condition, null) in zip(range(0, len(prompts), batch_size), conditions):
             rows = slice(start, start + batch_size)
+            condition, null = moved(condition, device), null and moved(null, device)
             x0 = noise[rows] if noise is not None else noise_for(seed, indices[rows], shape)
             x0 = x0.to(device)                                                     # (B, L, C), t = 1
-            frames = [min(frames_of(codec, seconds), shape[0]) if crop else shape[0] for seconds in durations[rows]]
+            frames = [min(frames_for(codec, seconds), shape[0]) if crop else shape[0] for seconds in durations[rows]]
 
             @torch.inference_mode()
             def solve(piece):
@@ -177,7 +180,7 @@ def decode(model, latents, durations=None, batch_size=16, progress=False, croppe
     bar = progress_bar(progress, len(latents), "decoding")
     frames = [latents.shape[1]] * len(latents)
     if durations is not None:
-        frames = [min(frames_of(codec, seconds), latents.shape[1]) for seconds in durations]
+        frames = [min(frames_for(codec, seconds), latents.shape[1]) for seconds in durations]
     groups = same_length(frames) if cropped else [list(range(len(frames)))]
     pieces = [group[start:start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
     audios = {}
@@ -383,7 +386,7 @@ def open_model(name):
     """(folder, checked config, kind of codec) of a model folder or hub id; no weights are read."""
     from vae import codec_place
     folder = model_folder(name)
-    return folder, check_config(read_config(resolve(folder, "flow"))), codec_place(folder)[2].get("codec", "oobleck")
+    return folder, check_config(read_config(resolve(folder, "flow"))), codec_place(folder)[2]
 
 
 def load_reward(args):
@@ -449,9 +452,13 @@ def produce(args, folder, device, dtype, prompts, seconds, done=lambda stage: No
     if args.noise == "official":
         noise = official_noise(args.seed, [many] * (len(prompts) // many), shape)
     indices = range(args.first_index, args.first_index + len(prompts))
-    latents = generate(model, prompts, seconds, args.seed, indices, args.steps, args.guidance_scale, args.solver,
-                       batch_size=args.batch_size, progress=True, score=args.score, score_scale=args.score_scale,
-                       conditions=conditions, noise=noise, crop=args.crop_latents)
+    try:
+        latents = generate(model, prompts, seconds, args.seed, indices, args.steps, args.guidance_scale, args.solver,
+                           batch_size=args.batch_size, progress=True, score=args.score, score_scale=args.score_scale,
+                           conditions=conditions, noise=noise, crop=args.crop_latents)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise UserError(f"--compile: torch found no way to compile the flow here ({reason}); leave it out") from None
     done("steps")
     model.flow = flow = None                                # decoding needs its memory
     audios = decode(model, latents, seconds, args.batch_size, progress=len(latents) > args.batch_size,
@@ -470,6 +477,8 @@ def main(argv=None):
     in_range("--num_samples", args.num_samples, 1, 100000)
     in_range("--best_of", args.best_of, 1, 100000)
     in_range("--first_index", args.first_index, 0, 2 ** 62)
+    if args.noise == "official" and args.first_index:
+        raise UserError("--first_index would have no effect with --noise official, which has no indices")
     if args.score_scale is not None and (args.score is None or args.guidance_scale == 1):
         raise UserError("--score_scale would have no effect without --score and a --guidance_scale other than 1")
     if args.reward and args.best_of == 1:
@@ -493,6 +502,8 @@ def main(argv=None):
     check_writable(paths)
 
     device = choose_device(args.device)
+    if args.compile and device.type == "cpu" and args.batch_size > 1:
+        raise UserError("--compile on a CPU needs --batch_size 1, for several threads can't compile at a time")
     dtype, reason = dtype_for(args.dtype, device)
     clap = load_reward(args) if args.best_of > 1 else None
     folder, config, kind = open_model(args.checkpoint)

@@ -46,7 +46,7 @@ EVALUATIONS = {"euler": 1, "heun": 2}  # network calls a step; guidance makes ea
 
 
 def guide(cond, uncond, guidance_scale):
-    """Classifier-free guidance: uncond + w (cond - uncond); w = 1 is cond, w = 0 is uncond."""
+    """Classifier-free guidance (paper A.6): uncond + w (cond - uncond); w = 1 is cond, w = 0 is uncond."""
     return uncond + guidance_scale * (cond - uncond)
 
 

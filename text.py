@@ -106,7 +106,8 @@ class TextEncoder(nn.Module):
         t5 = empty_t5(config, dtype)
         load_weights(t5, weights.named(names))
         path = folder / "tokenizer_config.json"
-        limit = read_json(path).get("model_max_length", MAX_TOKENS) if path.is_file() else MAX_TOKENS
+        found = read_json(path) if path.is_file() else {}
+        limit = found.get("model_max_length") if isinstance(found, dict) else None
         limit = limit if type(limit) is int and 2 <= limit <= 100_000 else MAX_TOKENS     # some say 1e30: none
         return cls(t5, read_tokenizer(folder), limit).eval()
 

@@ -67,23 +67,24 @@ def make_codec(kind, config, empty=False):
             return MelVAE(**config)
         return (empty_oobleck if empty else Oobleck)(**{**OOBLECK_DEFAULTS, **config})
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"the config does not describe a {kind} codec: {error}") from None
+        raise UserError(f"the config does not describe a codec of kind {kind}: {error}") from None
 
 
 def codec_place(name):
-    """(folder, file name, config of the codec) of a model folder, a hub id, or a VAE in diffusers' layout."""
+    """(folder, file name, kind, config) of the codec of a model folder, a hub id, or a VAE in diffusers' layout."""
     from model import model_folder, read_config, resolve
     folder = model_folder(name, ("config.json", "vae.safetensors", "vae/*"))
     for place in (folder, folder / "vae"):                          # Stable Audio Open has it in vae/
         config = read_config(place) if (place / "config.json").is_file() else {}
         if config.get("_class_name") == "AutoencoderOobleck":
-            return place, "diffusion_pytorch_model.safetensors", {
+            return place, "diffusion_pytorch_model.safetensors", "oobleck", {
                 key: config[key] for key in OOBLECK_DEFAULTS if key in config}
     folder = resolve(folder, "vae")
     config = read_config(folder).get("vae", {})
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json: vae is {config!r}, but must be a JSON object")
-    return folder, "vae.safetensors", config
+    rest = {name: value for name, value in config.items() if name != "codec"}
+    return folder, "vae.safetensors", config.get("codec", "oobleck"), rest
 
 
 def load_codec(name, device="cpu"):
@@ -94,9 +95,8 @@ def load_codec(name, device="cpu"):
     folder/vae.safetensors. Stable Audio Open's own layout (vae/config.json, vae/diffusion_pytorch_model.safetensors)
     is read, too.
     """
-    folder, file_name, config = codec_place(name)
-    kind = config.get("codec", "oobleck")
-    codec = make_codec(kind, {name: value for name, value in config.items() if name != "codec"}, empty=True)
+    folder, file_name, kind, config = codec_place(name)
+    codec = make_codec(kind, config, empty=True)
     weights = find_weights(folder, file_name)
     load_weights(codec, weights, optional=("latent_mean", "latent_std"))    # official mel files keep them with the flow
     return codec.to(device).requires_grad_(False).eval().fold()

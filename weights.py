@@ -4,8 +4,8 @@
     load_weights(flow, tensors)                                   # exact: every name once, every shape right
 
 A model of 2 GB takes 2 GB to load, and in bfloat16 half of that: no second copy lies beside it, and the pages of a
-mapped file are given back after each tensor. Pickles can run code when they are read: a .bin, .pt, .pth or .ckpt
-is taken only where there is no safetensors file, and only by torch's weights_only reader.
+mapped file are given back after each tensor. Pickles can run code when they are read: a .bin, .pt, .pth, .ckpt
+or .pkl is taken only where there is no safetensors file, and only by torch's weights_only reader.
 """
 from pathlib import Path
 
@@ -14,9 +14,8 @@ import torch
 from common import UserError, missing_and_unknown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# what others call a folder's only weights, by our name of them
-OTHER_NAMES = {"model": ("pytorch_model",), "vae": ("diffusion_pytorch_model",),
-               "diffusion_pytorch_model": ("diffusion_pytorch_model",)}
+# our name of a file -> what other projects call it
+OTHER_NAMES = {"model": ("pytorch_model",), "vae": ("diffusion_pytorch_model",)}
 
 
 class Weights:

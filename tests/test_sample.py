@@ -231,6 +231,13 @@ def test_steps_prepared_ahead_are_those_of_the_network(model, monkeypatch):
     assert not any("to_q" in name for name in packed.state_dict())
 
 
+def test_a_condition_without_a_mask_is_sampled(model, monkeypatch):
+    """README's ablation of visible padding: encode_prompts gives None for the mask."""
+    encode = sample.encode_prompts
+    monkeypatch.setattr(sample, "encode_prompts", lambda *args, **more: encode(*args, **more)._replace(mask=None))
+    assert sample.generate(model, PROMPTS[:3], [0.5] * 3, steps=1).isfinite().all()
+
+
 def test_cropped_rows_are_those_of_a_shorter_model(model):
     """--crop_latents: a row is what the network makes of its own frames alone, whatever the batch."""
     durations = [0.5, 0.1, 0.3, 0.1]
@@ -238,7 +245,7 @@ def test_cropped_rows_are_those_of_a_shorter_model(model):
     cropped = SimpleNamespace(flow=model.flow, text=model.text, codec=codec)
     latents = sample.generate(cropped, PROMPTS[:4], durations, steps=2, crop=True)
     for i, (seconds, frames) in enumerate(zip(durations, (8, 2, 5, 2))):
-        assert sample.frames_of(codec, seconds) == frames and not latents[i, frames:].any()
+        assert sample.frames_for(codec, seconds) == frames and not latents[i, frames:].any()
         condition, null = sample.encode_conditions(model.text, [PROMPTS[i]], [seconds])[0]
         with torch.inference_mode():
             velocity_fn = solvers.guided_velocity(model.flow, condition, null, 3.0)
