@@ -2,7 +2,7 @@
 
     python bench.py crpo                    # an iteration of CRPO, toy; 3 rounds, on two cores 25 minutes
     python bench.py crpo --prompts 12 --repeats 1
-    python bench.py generate                # a generation at full size (race.py), 40 minutes, needs diffusers and 9 GB
+    python bench.py generate                # a generation at full size (race.py), 28 minutes, needs diffusers and 9 GB
     python bench.py generate --steps 4 --repeats 1 --checkpoint FOLDER
     python bench.py vae                     # decoding: seconds and memory by duration (needs diffusers)
     python bench.py load                    # memory while loading

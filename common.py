@@ -122,17 +122,23 @@ def atomic_path(path):
             os.unlink(temporary)
 
 
-def check_writable(paths):
-    """Raise UserError if a file cannot be written: known before the minutes of work, not after."""
+def check_writable(paths, keep=True):
+    """Raise UserError if a file cannot be written: known before the minutes of work, not after.
+
+    Folders that this had to make are removed again unless `keep`.
+    """
     for path in map(Path, paths):
         if os.path.isdir(path):
             raise UserError(f"cannot write {path}: it is a folder; choose another output")
         if len(os.fsencode(path.name)) > 200:       # file systems end at 255, and temporary names are longer
             raise UserError(f"cannot write {path.name[:40]}...: its name is too long; choose a shorter output")
     for folder in {Path(path).parent for path in paths}:
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+            for place in [] if keep else new:
+                place.rmdir()
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}; choose another output folder") from None
 

@@ -250,7 +250,10 @@ def with_folder(command):
             from official import need_diffusers
             need_diffusers()
         with tempfile.TemporaryDirectory() as work:
-            if args.checkpoint is None:
+            if args.checkpoint is not None:
+                from sample import open_model
+                args.checkpoint = str(open_model(args.checkpoint)[0])
+            else:
                 needed = 5e9 if args.size == "tangoflux" else 0
                 if shutil.disk_usage(work).free < needed:
                     raise UserError(f"{work} has not the 5 GB that random weights take; free them, or set TMPDIR")
@@ -292,7 +295,7 @@ def bench_generate(args, work):
         cells[2:2] = ["" if way == "cropped" else
                       f"{speed / 1e9:.0f} ({100 * speed / max(peaks[dtype].values()):.0f} %)"]
         rows.append([*cells, f"{apart[name]:.0e}"])
-    report(args, "generate", "A generation at full size against the official method", [
+    report(args, "generate", "A generation against the official method", [
         f"{args.duration:g} s asked for, {args.steps} steps, guidance {args.guidance_scale:g}, {tokens} tokens of text "
         f"and duration beside {config['audio_seq_len']} frames: {flops / 1e12:.2f} TFLOP a guided step. Two 2048 x "
         f"2048 matrices are multiplied here at {shown(peaks['float32'])} in float32, {shown(peaks['bfloat16'])} in "

@@ -24,6 +24,7 @@ latents only those are decoded that the duration needs. On a CPU, oneDNN multipl
 import argparse
 import math
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from model import (Condition, check_config, encode_prompts, load_model, model_fo
 from solvers import EVALUATIONS, SOLVERS, guided_velocity, noise_for, official_noise, schedule
 from text import well_formed
 from training import dtype_for
+from weights import find_weights
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "checkpoints" / "toy" / "base"
@@ -383,10 +385,14 @@ def load_for_sampling(args, quiet=False):
 
 
 def open_model(name):
-    """(folder, checked config, kind of codec) of a model folder or hub id; no weights are read."""
+    """(folder, checked config, kind of codec) of a model folder or hub id; no weights are read, but they are there."""
     from vae import codec_place
     folder = model_folder(name)
-    return folder, check_config(read_config(resolve(folder, "flow"))), codec_place(folder)[2]
+    place, codec, file_name = resolve(folder, "flow"), *codec_place(folder)[:2]
+    config = check_config(read_config(place))
+    find_weights(place, "tangoflux.safetensors")
+    find_weights(codec, file_name)
+    return folder, config, codec_place(folder)[2]
 
 
 def load_reward(args):
@@ -499,7 +505,7 @@ def main(argv=None):
             raise UserError("--plot needs matplotlib: pip install matplotlib")
     if args.duration is not None:
         check_duration("--duration", args.duration, math.inf)
-    check_writable(paths)
+    check_writable(paths, keep=False)
 
     device = choose_device(args.device)
     if args.compile and device.type == "cpu" and args.batch_size > 1:
@@ -532,8 +538,9 @@ def main(argv=None):
         if args.plot:
             save_spectrogram(path.with_suffix(".png"), [audio], [prompt], rate)
         print(f"wrote {path} ({audio.shape[-1] / rate:.2f} s): {prompt[:100]}")
+    given = "" if args.checkpoint == str(DEFAULT_CHECKPOINT) else f"--checkpoint {shlex.quote(args.checkpoint)} "
     print(f'next: listen to it, or ask for another: '
-          f'python sample.py --prompt "three beeps and wind" --seed {args.seed + 1}')
+          f'python sample.py {given}--prompt "three beeps and wind" --seed {args.seed + 1}')
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ def make_codec(kind, config, empty=False):
     """
     if kind not in DEFAULTS:
         raise UserError(f"the codec is called {kind!r}; use mel or oobleck")
+    for name, value in config.items() if kind == "oobleck" else ():
+        values = value if isinstance(OOBLECK_DEFAULTS.get(name), list) else [value]
+        if not isinstance(values, (list, tuple)) or any(type(each) is not int or each < 1 for each in values):
+            raise UserError(f"config.json: {name} of the codec is {value!r}, but must be made of whole numbers from 1")
     try:
         if kind == "mel":
             return MelVAE(**config)

@@ -114,7 +114,8 @@ def test_pickles_are_read_as_plain_weights_or_not_at_all(folder, tmp_path, monke
 @pytest.mark.parametrize("broken, match", [
     ("missing flow", "tangoflux.safetensors is missing"), ("missing vae", "vae.safetensors is missing"),
     ("truncated", "not a whole safetensors file"), ("value", "num_layers is 'many'"),
-    ("codec", "does not describe a codec of kind oobleck|does not fit its config"), ("no text", "put its files into")])
+    ("rate", "sampling_rate of the codec is None"), ("no text", "put its files into"),
+    ("codec", "does not describe a codec of kind oobleck|does not fit its config")])
 def test_a_broken_folder_is_one_line_before_anything_is_written(folder, tmp_path, broken, match, monkeypatch):
     import huggingface_hub.constants as constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -130,11 +131,12 @@ def test_a_broken_folder_is_one_line_before_anything_is_written(folder, tmp_path
     elif broken == "no text":
         shutil.rmtree(place / "text_encoder")
     else:
-        config |= {"num_layers": "many"} if broken == "value" else {"vae": {**config["vae"], "decoder_channels": 9}}
+        wrong = {"rate": {"sampling_rate": None}, "codec": {"decoder_channels": 9}}.get(broken)
+        config |= {"vae": {**config["vae"], **wrong}} if wrong else {"num_layers": "many"}
         write_json(place / "config.json", config)
     with pytest.raises(UserError, match=match):
-        sample.main(["--checkpoint", str(place), "--steps", "1", "--output", str(tmp_path / "a.wav")])
-    assert not (tmp_path / "a.wav").exists()
+        sample.main(["--checkpoint", str(place), "--steps", "1", "--output", str(tmp_path / "new" / "a.wav")])
+    assert not (tmp_path / "new").exists()
 
 
 # ----------------------------------------------------------------------------- a fake hub
