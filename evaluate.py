@@ -143,8 +143,11 @@ def write_report(args, title, parts, numbers, script="evaluate.py"):
     path = Path(args.out) / f"{args.command}.md"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    settings = {name: value.removeprefix(f"{HERE}/") if isinstance(value, str) else value
-                for name, value in vars(args).items() if not callable(value)}
+    def here(value):                                        # paths without the way to this folder
+        if isinstance(value, list):
+            return [here(each) for each in value]
+        return value.removeprefix(f"{HERE}/") if isinstance(value, str) else value
+    settings = {name: here(value) for name, value in vars(args).items() if not callable(value)}
     write_json(path.with_suffix(".json"), {"settings": settings, **numbers})
     print(text)
     print(f"wrote {path} and {path.with_suffix('.json')}")

@@ -66,7 +66,7 @@ class Official:
 
     @torch.no_grad()
     def inference_flow(self, prompt, duration=10, steps=25, guidance_scale=4.5, seed=0, count=1):
-        """Latents (count, L, C) of one prompt."""
+        """Latents (count, L, C) of one prompt and a duration in seconds."""
         began = time.perf_counter()
         config = self.config
         states, mask = self.encode(prompt)
@@ -74,12 +74,12 @@ class Official:
         states = torch.cat([empty.expand(count, -1, -1), states.expand(count, -1, -1)])          # (2 count, S, T)
         mask = torch.cat([empty_mask.expand(count, -1), mask.expand(count, -1)])
         seconds = torch.full((2 * count,), float(duration))
-        pooled = self.pooled(states, mask)
+        pooled = self.pooled(states, mask)                                                       # (2 count, T)
         states = torch.cat([states, self.model.duration_emebdder(seconds)], dim=1)               # (2 count, S+1, T)
         text_ids = torch.zeros(states.shape[1], 3)
         audio_ids = torch.arange(config["audio_seq_len"])[:, None].expand(-1, 3).float()         # (L, 3)
         torch.manual_seed(seed)
-        latents = torch.randn(count, config["audio_seq_len"], config["in_channels"])
+        latents = torch.randn(count, config["audio_seq_len"], config["in_channels"])             # (count, L, C)
         sigmas = np.append(np.linspace(1.0, 1 / steps, steps), 0.0).astype(np.float32)
         self.seconds["text"] = time.perf_counter() - began
         self.seconds["steps"] = []
@@ -88,7 +88,7 @@ class Official:
             velocity = self.model.transformer(
                 hidden_states=torch.cat([latents] * 2), encoder_hidden_states=states, pooled_projections=pooled,
                 timestep=torch.full((2 * count,), float(sigma)), img_ids=audio_ids, txt_ids=text_ids, guidance=None,
-                return_dict=False)[0]
+                return_dict=False)[0]                                                            # (2 count, L, C)
             uncond, cond = velocity.chunk(2)
             latents = latents + float(sigma_next - sigma) * (uncond + guidance_scale * (cond - uncond))
             self.seconds["steps"].append(time.perf_counter() - began)
@@ -96,9 +96,9 @@ class Official:
 
     @torch.no_grad()
     def decode(self, latents, duration):
-        """Latents (1, L, C), all of them, to audio (channels, samples) cut to the duration."""
+        """Latents (1, L, C), all of them, to audio (channels, samples) cut to the duration in seconds."""
         began = time.perf_counter()
-        audio = self.vae.decode(latents.transpose(1, 2)).sample[0]
+        audio = self.vae.decode(latents.transpose(1, 2)).sample[0]                               # (channels, samples)
         self.seconds["decode"] = time.perf_counter() - began
         return audio[:, :int(duration * self.vae.config.sampling_rate)]
 

@@ -388,11 +388,12 @@ def open_model(name):
     """(folder, checked config, kind of codec) of a model folder or hub id; no weights are read, but they are there."""
     from vae import codec_place
     folder = model_folder(name)
-    place, codec, file_name = resolve(folder, "flow"), *codec_place(folder)[:2]
+    place = resolve(folder, "flow")
     config = check_config(read_config(place))
     find_weights(place, "tangoflux.safetensors")
+    codec, file_name, kind, _ = codec_place(folder)
     find_weights(codec, file_name)
-    return folder, config, codec_place(folder)[2]
+    return folder, config, kind
 
 
 def load_reward(args):

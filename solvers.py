@@ -77,7 +77,7 @@ def prepared_velocity(flow, condition, ts=None):
             some = t[None] if first is None else ts[first:first + max(1, AHEAD // numbers)]
             ready.clear()
             ready.update(zip(some.tolist(), flow.prepare(some.to(condition.text.device), condition, x.shape[1])))
-        return flow.transformer.run(x.to(dtype), ready[key]).to(x.dtype)
+        return flow.transformer.run(x.to(dtype), ready[key]).to(x.dtype)           # (B, L, C)
     return velocity
 
 
