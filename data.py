@@ -1,316 +1,489 @@
-"""Captioned audio: preview the built-in world, or read your own through a manifest.
+"""Captioned audio: preview the built-in world, read your own by a manifest, cache the latents.
 
-    python data.py                                     # 8 scenes of the world: WAVs, captions.jsonl, a picture
-    python data.py --split test --pairs unseen         # what the test prompts sound like
-    python data.py --degraded 1 --out preview_damaged  # every scene with noise, clipping, ... of known strength
-    python data.py --data sounds/captions.jsonl        # what a model would hear of your own recordings
+    python data.py --split test --pairs unseen         # scenes of the test: WAVs, captions, picture
+    python data.py --degraded 1 --out preview_damaged  # scenes with noise, clipping, ...
+    python data.py --data sounds/captions.jsonl        # what a model would hear of your recordings
 
-A manifest is a .jsonl, .json or .csv file, a clip a row, with these columns (others through the --..._key flags):
+A manifest is a .jsonl, .json or .csv file, a clip a row, with the columns (or TangoFlux's)
+    audio (location)       path of the sound file, relative to the manifest or --audio_dir
+    caption (captions)     what is heard; of a list the first one is taken
+    duration, score        optional: seconds of sound, never more than the file has; any number
+An AudioCaps table (audiocap_id, youtube_id, start_time, caption) has no paths: ids name its files.
+Clips are cropped around their centre (TangoFlux 3.2; official: --crop start) or end in silence.
 
-    audio     path of the sound file, relative to the manifest or to --audio_dir; or TangoFlux's `location`
-    caption   what is heard; or TangoFlux's `captions`; of a list of captions the first one is taken
-    duration  optional, seconds of sound; never more than the file holds. Without it the file's own length counts
-    score     optional, a number such as an aesthetic score, used as it is
-
-An AudioCaps-style table (audiocap_id, youtube_id, start_time, caption) has no paths: its files are looked for by
-name, below --audio_dir. Longer clips are cropped around their centre and shorter ones padded with silence
-(TangoFlux, section 3.2; the official code takes the start: --crop start).
+A cache holds the codec's raw posterior of each clip, so that each epoch draws its own sample:
+mean.npy, std.npy, float16 (N, L, C); rows.jsonl, an object a clip; settings.json, what made them.
+Letters: N clips, B batch, L latent frames, C latent channels, S text tokens, T text width.
 """
-import argparse
 import csv
-import dataclasses
-import json
+import hashlib
 import math
 import os
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from audio import fit_audio, probe_audio, read_audio, save_spectrogram, write_wav
-from common import (UserError, atomic_path, derive_seed, in_range, parse_arguments, read_json, read_jsonl, run_main,
-                    warn)
+from lib.audio import fit_audio, probe_audio, read_audio, resample, save_spectrogram, write_wav
+from lib.common import (UserError, append_jsonl, derive_seed, file_hash, flag, parse_flags,
+                        read_json, read_jsonl, reading, run_main, settings_key, warn, whole_blocks,
+                        write_json, write_jsonl)
+from lib.weights import load_tensors, module_hash
+from world.scenes import World, in_workers, render_clips
+from world.sounds import CLIP_SAMPLES, SAMPLE_RATE
 
-KNOWN_COLUMNS = {"audio": ("audio", "location"), "caption": ("caption", "captions"),
-                 "duration": ("duration",), "score": ("score",)}
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
-NAMED_AT_MOST = 20  # bad files named one by one; beyond that they are only counted
+DATA_FLAGS = [
+    flag("--data", None, ".jsonl, .json or .csv manifest"),
+    flag("--audio_dir", None, "folder of its sound files; none: the manifest's"),
+    flag("--audio_key", None, "column of the path; none: audio or location"),
+    flag("--caption_key", None, "column of the caption; none: caption or captions"),
+    flag("--duration_key", None, "column of the seconds of sound; none: duration, if there"),
+    flag("--score_key", None, "column of the score; none: score, if there"),
+    flag("--crop", "center", "part of longer clips heard (paper: center; official code: start)",
+         choices=["center", "start"])]
+FLAGS = {"preview": [
+    flag("--count", 8, "scenes or clips", 1, 1000),
+    flag("--out", "preview", "folder to write to"),
+], "the built-in world": [
+    flag("--split", "train", "recorded clips and scenes", choices=["train", "val", "test"]),
+    flag("--pairs", "seen", "event pairs: those of training, the others, or all",
+         choices=["seen", "unseen", "all"]),
+    flag("--degraded", 0.0, "share of scenes with noise, clipping, band limit, ...", 0, 1),
+    flag("--seed", 0, "seed of the scenes"),
+], "your own audio": DATA_FLAGS, "how a model would hear it": [
+    flag("--sampling_rate", 16000, "Hz (paper: 44100)", 1000, 384000),
+    flag("--channels", 1, "channels (paper: 2)", choices=[1, 2]),
+    flag("--max_duration", 4.096, "seconds (paper: 30)", 0.1, 600)]}
+
+FORMAT = 1                  # raise it when the layout of a cache changes: older ones are refused
+COLUMNS = {                 # names of a column: this project's, then TangoFlux's (Audio-Alpaca's)
+    "audio": ("audio", "location"), "caption": ("caption", "captions"),
+    "prompt": ("prompt", "captions", "caption"),
+    "winner": ("winner", "chosen"), "loser": ("loser", "reject", "rejected")}
+LOWEST = {"duration": 0, "score": -math.inf}        # the columns of numbers, which are optional
+SOUND_SUFFIXES = ".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .w64".split()
 
 
 # ----------------------------------------------------------------------------- manifests
 
-def add_data_flags(parser):
-    """The flags of every script that takes a manifest; `manifest_rows(args)` reads what they say."""
-    group = parser.add_argument_group("your own audio")
-    group.add_argument("--data", metavar="FILE", help=".jsonl, .json or .csv manifest (default: none)")
-    group.add_argument("--audio_dir", metavar="FOLDER", help="where its files are (default: beside the manifest)")
-    group.add_argument("--audio_key", help="column of the file's path (default: audio or location)")
-    group.add_argument("--caption_key", help="column of the caption (default: caption or captions)")
-    group.add_argument("--duration_key", help="column of the seconds of sound (default: duration, if there)")
-    group.add_argument("--score_key", help="column of the score (default: score, if there)")
-    group.add_argument("--crop", choices=["center", "start"], default="center",
-                       help="which part of longer clips is heard (default: center, as paper 3.2; "
-                            "the official code: start)")
-
-
-def check_data_flags(args, parser, manifest=(), world=()):
-    """Raise UserError for a flag that describes a manifest where none is given, or the world where one is.
-
-    `manifest`, `world`: names of such flags besides those of `add_data_flags`.
-    """
-    keys = ("audio_dir", "audio_key", "caption_key", "duration_key", "score_key", "crop")
-    useless, why = (world, "with --data") if args.data else ((*keys, *manifest), "without --data")
-    given = [f"--{name}" for name in useless if getattr(args, name) != parser.get_default(name)]
-    if "--score_column" in given:           # it is what sets the other one
-        given.remove("--score_key")
-    if given:
-        raise UserError(f"{' and '.join(given)} would have no effect {why}; leave one or the other out")
-
-
-def manifest_rows(args):
-    """The usable rows of the manifest that `add_data_flags` asked for."""
-    return usable_rows(read_manifest(args.data, args.caption_key, args.audio_key, args.duration_key,
-                                     args.score_key, args.audio_dir))
-
-
 def read_table(path):
-    """The rows of a .jsonl, .json (a list, or TangoFlux's object per line) or .csv file as dicts, row 1 first."""
-    path = Path(path)
-    if not os.path.isfile(path):            # False, too, for a name that no file can have
-        raise UserError(f"manifest {path} is missing; pass the path of a .jsonl, .json or .csv file")
-    if path.suffix.lower() not in (".jsonl", ".json", ".csv"):
-        raise UserError(f"manifest {path} must end in .jsonl, .json or .csv")
-    try:
-        if path.suffix.lower() == ".csv":
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
+    """Rows (dicts) of a .csv file, or of JSON: a list, or an object a line."""
+    with reading(path):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if str(path).lower().endswith(".csv"):
+            rows = list(csv.DictReader(text.splitlines(keepends=True)))
         else:
-            with open(path, encoding="utf-8") as file:
-                is_list = file.read(4096).lstrip().startswith("[")
-            rows = read_json(path) if is_list else read_jsonl(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"manifest {path} is not readable: {error}") from None
+            rows = read_json(path) if text.lstrip().startswith("[") else read_jsonl(path)
     if not rows:
-        raise UserError(f"manifest {path} holds no rows; write one JSON object, or CSV line, per clip")
+        raise UserError(f"manifest {path} holds no rows; write a JSON object or CSV line per clip")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"manifest {path} row {number} is not an object with an audio path and a caption")
-        if None in row:  # csv.DictReader's mark for fields beyond the header
-            raise UserError(f"manifest {path} row {number} is longer than the header; quote captions with commas")
+        if not isinstance(row, dict) or None in row:    # None: csv's mark of too many fields
+            raise UserError(f"manifest {path} row {number} is not an object, or longer than the "
+                            "header: quote captions with commas")
     return rows
 
 
-def find_column(path, rows, what, asked, required):
-    """The name of the column that holds `what`, or None if there is none and it is not required."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    found = next((key for key in ([asked] if asked else KNOWN_COLUMNS[what]) if key in columns), None)
-    if found is None and (required or asked):
-        raise UserError(f"manifest {path} has no column {asked or ' or '.join(KNOWN_COLUMNS[what])}; "
-                        f"name one of {', '.join(columns)} with --{what}_key")
-    return found
-
-
-def read_text(value, what, where):
-    """A non-empty string; of a list (some sets give several captions) the first one."""
-    if isinstance(value, list):
-        value = next((text for text in value if text), None)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where} has no {what}")
-    return value.strip()
-
-
-def read_number(value, what, where, positive):
-    """A float, or None for an empty cell. Raises UserError if it is no number, or not `positive` where asked."""
-    if value is None or value == "":
+def read_cell(row, what, key):
+    """The text in a cell, of a list the first; of LOWEST a number or None. Raises ValueError."""
+    value = row.get(key)
+    if what not in LOWEST:
+        text = value[0] if value and isinstance(value, list) else value
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"it has no {key}")
+        return text.strip()
+    if value in (None, ""):
         return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or (positive and number <= 0):
-        wanted = "a positive number of seconds" if positive else "a number"
-        raise UserError(f"{where}: {what} is {value!r}, but must be {wanted} (or empty)")
+    number = float(value)
+    if not LOWEST[what] < number < math.inf:
+        raise ValueError(f"its {key} is {number}")
     return number
 
 
-def audiocaps_paths(path, rows, folder):
-    """The audio path of each row of an AudioCaps-style table, looked for below `folder` by the usual file names.
+def read_cells(path, table, asked):
+    """The rows of a table with the cells of `asked` {what: name of its column, or None} alone."""
+    columns = set().union(*table)
+    keys = {}
+    for what, key in asked.items():
+        names = (key,) if key else COLUMNS.get(what, (what,))
+        there = [name for name in names if name in columns]
+        if not there and (key or what not in LOWEST):
+            raise UserError(f"manifest {path} has no column {' or '.join(names)}; name the one "
+                            f"that it has with --{what}_key")
+        keys[what] = there[0] if there else None
+    rows = []
+    for number, row in enumerate(table, 1):
+        with reading(f"manifest {path} row {number}", "mend or delete it"):
+            rows.append({what: read_cell(row, what, key) for what, key in keys.items()})
+    return rows
 
-    Rows whose video could not be had get the path that would be theirs, so that they are named as missing later.
-    """
-    files = {}
-    for parent, _, names in os.walk(folder):
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SOUND_SUFFIXES:
-                files.setdefault(stem, os.path.join(parent, name))
-    paths, found = [], 0
+
+def add_audiocaps_paths(path, rows, folder):
+    """Set "audio" of each row of an AudioCaps table: the file below `folder` that its ids name,
+    or the path that it would have, to be named as missing."""
+    paths = sorted(Path(folder).rglob("*"), reverse=True)
+    files = {file.stem: str(file) for file in paths if file.suffix.lower() in SOUND_SUFFIXES}
     for row in rows:
-        video, start, clip = (str(row.get(key) or "") for key in ("youtube_id", "start_time", "audiocap_id"))
-        stems = [f"{video}_{start}", video, f"Y{video}", clip] if video else [clip]  # Y: AudioSet's way
-        stem = next((stem for stem in stems if stem in files), None)
-        found += stem is not None
-        paths.append(files.get(stem, os.path.join(folder, f"{video or clip}.wav")))
-    if not found:
-        raise UserError(f"no sound file named by a youtube_id or audiocap_id of {path} lies below {folder}; "
-                        f"name their folder with --audio_dir")
-    return paths
+        video = row.get("youtube_id") or ""
+        clip = str(row.get("audiocap_id") or "")
+        stems = [f"{video}_{row.get('start_time')}", video, f"Y{video}", clip]      # Y: AudioSet's
+        known = [files[stem] for stem in stems if stem in files]
+        row["audio"] = known[0] if known else os.path.join(folder, f"{video or clip}.wav")
+    if not any(os.path.isfile(row["audio"]) for row in rows):
+        raise UserError(f"no sound file named by an id of {path} lies below {folder}; name their "
+                        "folder with --audio_dir")
 
 
-def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, score_key=None, audio_dir=None):
-    """Rows {"audio": absolute path, "caption": str, "duration": seconds or None, "score": float or None}.
-
-    Relative paths belong to `audio_dir`, or to the manifest's folder; as in the official code they may also be
-    relative to the working folder. Sound files are not opened here (see `usable_rows`). Raises UserError.
-    """
+def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, score_key=None,
+                  audio_dir=None):
+    """Rows {"audio": absolute path, "caption", "duration": seconds or None, "score" or None}; paths
+    are relative to `audio_dir`, else the manifest's folder, or (official) the working folder."""
     table = read_table(path)
     folder = os.path.abspath(audio_dir or Path(path).parent)
     if not os.path.isdir(folder):
         raise UserError(f"--audio_dir {audio_dir} is not a folder")
-    by_id = not audio_key and any(key in table[0] for key in ("youtube_id", "audiocap_id"))
-    by_id = by_id and not any(key in table[0] for key in KNOWN_COLUMNS["audio"])
-    audio_key = None if by_id else find_column(path, table, "audio", audio_key, True)
-    caption_key = find_column(path, table, "caption", caption_key, True)
-    duration_key = find_column(path, table, "duration", duration_key, False)
-    score_key = find_column(path, table, "score", score_key, False)
-    by_id = audiocaps_paths(path, table, folder) if by_id else None
-    rows = []
-    for number, row in enumerate(table, 1):
-        where = f"manifest {path} row {number}"
-        audio = by_id[number - 1] if by_id else read_text(row.get(audio_key), "audio path", where)
-        placed = os.path.join(folder, audio)
-        if not os.path.exists(placed) and os.path.exists(audio):
-            placed = os.path.abspath(audio)
-        rows.append({"audio": os.path.normpath(placed),
-                     "caption": read_text(row.get(caption_key), "caption", f"{where} ({os.path.basename(audio)})"),
-                     "duration": read_number(row.get(duration_key), "duration", where, True),
-                     "score": read_number(row.get(score_key), "score", where, False)})
+    columns = table[0].keys()
+    if columns & {"youtube_id", "audiocap_id"} and not columns & {audio_key, *COLUMNS["audio"]}:
+        add_audiocaps_paths(path, table, folder)
+    rows = read_cells(path, table, {"audio": audio_key, "caption": caption_key,
+                                    "duration": duration_key, "score": score_key})
+    for row in rows:
+        place = os.path.join(folder, row["audio"])
+        if os.path.exists(row["audio"]) and not os.path.exists(place):
+            place = os.path.abspath(row["audio"])
+        row["audio"] = os.path.normpath(place)
     return rows
 
 
-def usable_rows(rows):
-    """The rows whose sound files open and start and end with sound samples; the others are named and counted.
+def check_left(left, rows, need, why):
+    """Warn if fewer than all `rows` are `left`, and why. UserError if none is: none has `need`."""
+    if not len(left):
+        raise UserError(f"none of the {len(rows)} rows has {need}")
+    if len(left) < len(rows):
+        warn(f"{len(rows) - len(left)} of {len(rows)} rows skipped: {why}")
 
-    Each file is probed once, at both ends only. Raises UserError if no row is left.
-    """
-    reasons = {}
-    for audio in tqdm(dict.fromkeys(row["audio"] for row in rows), "checking sound files", delay=2, disable=None):
+
+def usable_rows(rows):
+    """The rows whose sound files can be read at both ends; the others are named and counted."""
+    bad = set()
+    files = dict.fromkeys(row["audio"] for row in rows)
+    for audio in tqdm(files, "checking sound files", delay=2, disable=None):
         try:
             probe_audio(audio)
         except UserError as error:
-            reasons[audio] = str(error)
-    good = [row for row in rows if row["audio"] not in reasons]
-    for reason in list(reasons.values())[:NAMED_AT_MOST]:
-        warn(f"{reason}; skipped")
-    if reasons and not good:
-        raise UserError(f"none of the {len(rows)} rows has a usable sound file: {next(iter(reasons.values()))}")
-    if reasons:
-        unnamed = len(reasons) - NAMED_AT_MOST
-        warn(f"{len(rows) - len(good)} of {len(rows)} rows skipped, with {len(reasons)} bad sound files"
-             + (f" ({unnamed} of them not named)" if unnamed > 0 else ""))
-    return good
+            bad.add(audio)
+            if len(bad) <= 20:
+                warn(f"{error}; skipped")
+    usable = [row for row in rows if row["audio"] not in bad]
+    check_left(usable, rows, "a usable sound file", f"{len(bad)} bad sound files")
+    return usable
 
 
-def split_rows(rows, validation_fraction, seed=0):
-    """Split into (training, validation) by a hash of the audio path below the rows' common folder and the seed.
+def read_rows(args):
+    """The usable rows of the manifest that DATA_FLAGS ask for."""
+    return usable_rows(read_manifest(args.data, args.caption_key, args.audio_key, args.duration_key,
+                                     args.score_key, args.audio_dir))
 
-    So all captions of a file fall on one side, and the split survives moving the folder and reordering the rows.
-    Each side gets at least one file if there are two and 0 < validation_fraction < 1.
-    """
-    in_range("--validation_fraction", validation_fraction, 0, 1)
-    folder = os.path.commonpath([os.path.dirname(row["audio"]) for row in rows])
-    place = {row["audio"]: derive_seed(seed, os.path.relpath(row["audio"], folder)) / 2 ** 63 for row in rows}
-    ranked = sorted(place, key=place.get)
-    held_out = sum(value < validation_fraction for value in place.values())
-    if 0 < validation_fraction < 1:
-        held_out = min(max(held_out, 1), len(ranked) - 1)
-    validation = set(ranked[:held_out])
-    return ([row for row in rows if row["audio"] not in validation],
-            [row for row in rows if row["audio"] in validation])
+
+def split_rows(rows, fraction, seed=0):
+    """(training, validation) by a hash of the seed and of the path below their common folder.
+    Whole files fall on a side, at least one on each if there are two and 0 < fraction < 1."""
+    folder = os.path.commonpath([row["audio"] for row in rows])
+    place = {}
+    for row in rows:
+        name = os.path.relpath(row["audio"], folder)
+        place[row["audio"]] = derive_seed(seed, name) / 2 ** 63
+    held_out = sum(value < fraction for value in place.values())
+    if 0 < fraction < 1:
+        held_out = min(max(held_out, 1), len(place) - 1)
+    validation = set(sorted(place, key=place.get)[:held_out])
+    training = [row for row in rows if row["audio"] not in validation]
+    return training, [row for row in rows if row["audio"] in validation]
 
 
 def load_clip(row, sampling_rate, channels, samples, crop="center"):
-    """A row as a model hears it: audio (channels, samples), cropped or padded, and its seconds of sound.
-
-    The seconds are the file's own or, if less, the row's `duration`, and at most samples / sampling_rate.
-    Raises UserError naming the file.
-    """
-    audio = read_audio(row["audio"], sampling_rate, channels, samples / sampling_rate, crop)  # (channels, N)
-    duration = min(audio.shape[-1], samples) / sampling_rate
-    if row.get("duration") is not None:
-        duration = min(duration, row["duration"])
-    return fit_audio(audio, samples, crop), duration                                          # (channels, samples)
+    """A row as a model hears it: audio (channels, samples), cropped or padded; seconds of sound,
+    the file's own or, if less, the row's `duration`. Raises UserError."""
+    audio = read_audio(row["audio"], sampling_rate, channels, samples / sampling_rate, crop)
+    seconds = min(audio.shape[-1], samples) / sampling_rate
+    return fit_audio(audio, samples, crop), min(seconds, row.get("duration") or seconds)
 
 
-# ----------------------------------------------------------------------------- preview
-
-def preview_world(args):
-    """Yield (row with the scene's truth, audio (1, N), sampling rate) for the first scenes of a split."""
-    import world
-    scenes = world.World(args.split, args.seed, args.pairs, args.degraded)
-    for index in range(args.count):
-        audio, scene = scenes.render(index)
-        truth = dataclasses.asdict(scene)
-        yield {"caption": truth.pop("prompt"), **truth}, audio[None], world.SAMPLE_RATE
-
-
-def preview_manifest(args):
-    """Yield (row, audio (channels, samples), sampling rate) of a manifest's first rows, as a model hears them."""
-    rows = manifest_rows(args)
-    print(f"{args.data}: {len(rows)} usable rows")
-    for row in rows[:args.count]:
-        audio, duration = load_clip(row, args.sampling_rate, args.channels,
-                                    round(args.max_duration * args.sampling_rate), args.crop)
-        yield {"caption": row["caption"], "duration": round(duration, 3), "score": row["score"],
-               "source": row["audio"]}, audio, args.sampling_rate
+def read_pairs(path, audio_dir=None):
+    """A static preference set -> rows {"prompt", "duration" or None, "winner", "loser": paths}.
+    Rows whose sounds are missing or the same are left out. Raises UserError if none remains."""
+    folder = Path(audio_dir or Path(path).parent)
+    wanted = dict.fromkeys(("prompt", "duration", "winner", "loser"))
+    rows = read_cells(path, read_table(path), wanted)
+    pairs = []
+    for row in rows:
+        for side in ("winner", "loser"):
+            row[side] = str(folder / row[side])
+        sounds = {row["winner"], row["loser"]}
+        if len(sounds) == 2 and all(map(os.path.isfile, sounds)):
+            pairs.append(row)
+    check_left(pairs, rows, f"two sounds below {folder}; name their --audio_dir",
+               f"in {path} a sound is missing, or winner and loser are one")
+    return pairs
 
 
-def parse_args():
-    """The flags of this script, their ranges checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=8, help="how many scenes or clips (default: 8)")
-    parser.add_argument("--out", default="preview", help="folder to write to (default: preview)")
-    group = parser.add_argument_group("the built-in world")
-    group.add_argument("--split", choices=["train", "val", "test"], default="train",
-                       help="which recorded clips and random stream (default: train)")
-    group.add_argument("--pairs", choices=["seen", "unseen", "all"], default="seen",
-                       help="event pairs that training sees, or never sees (default: seen)")
-    group.add_argument("--degraded", type=float, default=0.0, metavar="SHARE",
-                       help="share of scenes with noise, clipping, band limit, ... from 0 to 1 (default: 0)")
-    group.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
-    add_data_flags(parser)
-    group = parser.add_argument_group("how a model would hear your own audio")
-    group.add_argument("--sampling_rate", type=int, default=16000, help="Hz (default: 16000; paper: 44100)")
-    group.add_argument("--channels", type=int, choices=[1, 2], default=1, help="default: 1; paper: 2")
-    group.add_argument("--max_duration", type=float, default=4.096, help="seconds (default: 4.096; paper: 30)")
-    args = parse_arguments(parser)
-    in_range("--count", args.count, 1, 10000)
-    in_range("--degraded", args.degraded, 0, 1)
-    in_range("--sampling_rate", args.sampling_rate, 1000, 384000)
-    in_range("--max_duration", args.max_duration, 0.1, 600)
-    check_data_flags(args, parser, ("sampling_rate", "channels", "max_duration"),
-                     ("split", "pairs", "degraded", "seed"))
-    return args
+# ----------------------------------------------------------------------------- the cache
+
+class Cache(NamedTuple):
+    """An open cache; `key` names its settings in one word."""
+    folder: Path
+    mean: np.ndarray                        # (N, L, C) float16, memory-mapped
+    std: np.ndarray                         # (N, L, C) float16, memory-mapped
+    rows: list
+    kept: np.ndarray                        # row numbers whose audio could be read
+    key: str
+
+
+def check_fresh(place, found, wanted):
+    """Raise UserError naming a setting in which a cache differs from what is asked for."""
+    for name in {**wanted, **found}:
+        there, now = found.get(name), wanted.get(name)
+        if there != now:
+            raise UserError(f"the cache {place} is stale: {name} {there!s:.40} there, {now!s:.40} "
+                            "now; delete it, or choose another (--cache)")
+
+
+def open_cache(folder):
+    """Open a complete cache. Raises UserError if it is missing or incomplete."""
+    folder = Path(folder)
+    if not (folder / "settings.json").is_file():
+        raise UserError(f"there is no latent cache in {folder}")
+    settings = read_json(folder / "settings.json", dict)
+    rows = read_jsonl(folder / "rows.jsonl")
+    with reading(folder, "delete it, and it is made anew"):
+        mean = np.load(folder / "mean.npy", mmap_mode="r")
+        std = np.load(folder / "std.npy", mmap_mode="r")
+    if len(rows) < len(mean):
+        raise UserError(f"the cache {folder} is incomplete ({len(rows)} of {len(mean)} clips)")
+    kept = [i for i, row in enumerate(rows) if "error" not in row]
+    return Cache(folder, mean, std, rows, np.array(kept, dtype=np.int64), settings_key(settings))
+
+
+def write_block(path, where, block):
+    """Put the tensor `block` to the places `where` of an array; it is on the disk afterwards."""
+    array = open_memmap(path, "r+")
+    array[where] = block.float().cpu().numpy()
+    array.flush()
+
+
+@torch.no_grad()
+def build(folder, settings, codec, samples, items, function, workers, batch):
+    """Encode the clips of `items` into `folder`, going on where a killed build stopped -> Cache.
+    function(rate, channels, samples, batch of items), in another process, makes audio (B, channels,
+    samples) and rows; the slot of a row with the key "error" stays zero."""
+    folder = Path(folder)
+    device = codec.latent_mean.device
+    settings = {**settings, "format": FORMAT, "codec weights": module_hash(codec),
+                "codec config": codec.config, "sampling rate": codec.sampling_rate,
+                "channels": codec.audio_channels, "samples": samples}
+    names = folder / "mean.npy", folder / "std.npy"
+    log, state = folder / "rows.jsonl", folder / "settings.json"
+    if state.is_file():
+        check_fresh(folder, read_json(state, dict), settings)
+    else:
+        silence = torch.zeros(1, codec.audio_channels, samples, device=device)
+        shape = codec.encode(silence)[0].shape[1:]                  # (L, C)
+        write_jsonl(log, [])
+        for name in names:
+            open_memmap(name, "w+", np.float16, (len(items), *shape))
+        write_json(state, settings)                         # last: then the arrays are there
+    done = len(whole_blocks(log, batch, len(items)))
+    jobs = [items[start:start + batch] for start in range(done, len(items), batch)]
+    if jobs:
+        make = partial(function, codec.sampling_rate, codec.audio_channels, samples)
+        for audio, rows in in_workers(make, jobs, workers, f"encode {folder}", f" x {batch}"):
+            good = [i for i, row in enumerate(rows) if "error" not in row]
+            if good:
+                posterior = codec.encode(audio[good].to(device))    # two of (B, L, C)
+                for name, part in zip(names, posterior):
+                    write_block(name, np.add(good, done), part)
+            for row in rows:                                # last: they say what is complete
+                append_jsonl(log, row)
+            done += len(rows)
+    return open_cache(folder)
+
+
+def render_batch(world, sampling_rate, channels, samples, indices):
+    """Scenes `indices` of a World -> (audio (B, channels, samples), rows with the whole truth)."""
+    audio, scenes = render_clips(world, indices)
+    audio = fit_audio(resample(audio, SAMPLE_RATE, sampling_rate), samples, "start")
+    return audio[:, None].expand(-1, channels, -1), [asdict(scene) for scene in scenes]
+
+
+def world_cache(folder, codec, split="train", scenes=100000, seed=0, samples=None, workers=2,
+                batch=64, **mix):
+    """The latents of scenes 0..scenes-1 of a split, built where missing -> Cache.
+    samples: of a clip at the codec's rate. mix: World's pairs, degraded, relations, counted."""
+    samples = samples or round(CLIP_SAMPLES * codec.sampling_rate / SAMPLE_RATE)
+    world = World(split, seed, **mix)
+    settings = {"source": "world", **world.settings(), "scenes": scenes}
+    render = partial(render_batch, world)
+    return build(folder, settings, codec, samples, range(scenes), render, workers, batch)
+
+
+def read_batch(crop, sampling_rate, channels, samples, rows):
+    """Rows of a manifest -> (audio (B, channels, samples), rows of a cache); bad files: "error"."""
+    audios = torch.zeros(len(rows), channels, samples)
+    cached = []
+    for audio, row in zip(audios, rows):
+        entry = {"prompt": row["caption"], "duration": row["duration"], "audio": row["audio"],
+                 "score": row["score"]}
+        try:
+            audio[:], entry["duration"] = load_clip(row, sampling_rate, channels, samples, crop)
+        except UserError as error:
+            entry["error"] = str(error)
+        cached.append(entry)
+    return audios, cached
+
+
+def manifest_cache(folder, codec, manifest, rows, samples, crop="center", workers=2, batch=32):
+    """The latents of a manifest's clips, built where missing -> Cache. Bad files are counted and
+    keep their rows. Raises UserError if all are bad."""
+    sizes = [os.path.getsize(row["audio"]) for row in rows]
+    captions = "\n".join(row["caption"] for row in rows).encode()
+    settings = {"source": "manifest", "manifest": file_hash(manifest),
+                "captions": hashlib.sha256(captions).hexdigest(), "clips": len(rows),
+                "bytes of audio": sum(sizes), "crop": crop}
+    read = partial(read_batch, crop)
+    cache = build(folder, settings, codec, samples, rows, read, workers, batch)
+    errors = [row["error"] for row in cache.rows if "error" in row]
+    check_left(cache.kept, rows, "a readable sound file", "".join(errors[:1]))
+    return cache
+
+
+@torch.no_grad()
+def text_cache(cache, encoder, ids, mask, max_length, batch=64):
+    """Hidden states of ids, mask (N, S) by a frozen encoder -> (tokens, T) float16, offsets (N+1,):
+    row i is hidden[offsets[i]:offsets[i + 1]]. Beside the latents, resumable, refused if stale."""
+    path = cache.folder / "text.npy"
+    state = path.with_suffix(".json")
+    settings = {"text encoder": module_hash(encoder), "max length": max_length,
+                "latents": cache.key}
+    offsets = np.append(0, mask.sum(1).cumsum(0).numpy())
+    found = read_json(state, dict) if state.is_file() else dict(settings)
+    done = found.pop("done", 0)
+    check_fresh(path, found, settings)
+    if done == 0:
+        open_memmap(path, "w+", np.float16, (int(offsets[-1]), encoder.width)).flush()
+    for start in tqdm(range(done, len(ids), batch), f"text {cache.folder}", delay=2, disable=None):
+        own = mask[start:start + batch]
+        own = own[:, :own.sum(1).max()]                             # (B, S)
+        stop = start + len(own)
+        states = encoder.encode(ids[start:stop, :own.shape[1]], own).cpu()  # (B, S, T)
+        write_block(path, slice(offsets[start], offsets[stop]), states[own])
+        write_json(state, {**settings, "done": stop})
+    return np.load(path, mmap_mode="r"), offsets
+
+
+class Joined:
+    """Arrays of rows (N, ...) one behind the other, read by row numbers (B,) -> (B, ...)."""
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+        self.shape = (len(first) + len(second), *first.shape[1:])
+
+    def __getitem__(self, rows):
+        count = len(self.first)
+        return np.stack([self.first[i] if i < count else self.second[i - count] for i in rows])
+
+
+def with_experts(cache, folder):
+    """`cache` and, behind its rows, the clips that expert_iteration.py kept in `folder`, std 0.
+    Raises UserError if the folder holds none, or latents of another shape."""
+    path = Path(folder) / "experts.safetensors"
+    rows = read_jsonl(path.with_suffix(".jsonl"))
+    latents = load_tensors(path)["latents"].numpy()                 # (K, L, C)
+    wanted = (len(rows), *cache.mean.shape[1:])
+    if latents.shape != wanted:
+        raise UserError(f"{path} holds latents {latents.shape}, not {wanted}: another model's")
+    key = settings_key({"latents": cache.key, "experts": file_hash(path)})
+    std = Joined(cache.std, np.zeros_like(latents))
+    kept = np.append(cache.kept, range(len(cache.rows), len(cache.rows + rows)))
+    return Cache(cache.folder, Joined(cache.mean, latents), std, cache.rows + rows, kept, key)
+
+
+class Data(NamedTuple):
+    """A cache with its prompts tokenised, ready for batches."""
+    cache: Cache
+    rows: np.ndarray                        # row numbers that this set holds
+    ids: torch.Tensor                       # (N, S) tokens of every row of the cache
+    lengths: torch.Tensor                   # (N,) tokens of each
+    durations: torch.Tensor                 # (N,) seconds
+    text: tuple | None                      # of a frozen encoder: see text_cache
+    scores: torch.Tensor | None = None      # (N,) NaN = none; None: the flow has no score head
+
+
+def prepare(cache, rows, encoder, max_length, frozen):
+    """Tokenise the cache's prompts once -> Data; frozen: hidden states come from the disk, too."""
+    ids, mask = encoder.tokenize([row["prompt"] for row in cache.rows], max_length)     # (N, S)
+    durations = torch.tensor([row["duration"] or 0.0 for row in cache.rows])  # of bad files 0
+    text = text_cache(cache, encoder, ids, mask, max_length) if frozen else None
+    return Data(cache, rows, ids, mask.sum(1), durations, text)
+
+
+def gather(data, chosen):
+    """Row numbers (B,) -> mean, std (B, L, C), ids (B, S), hidden (B, S, T) or None, mask (B, S),
+    durations (B,). The text is padded to the longest prompt of the batch."""
+    mean = torch.from_numpy(data.cache.mean[chosen]).float()        # (B, L, C)
+    std = torch.from_numpy(data.cache.std[chosen]).float()
+    lengths = data.lengths[chosen]
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]                 # (B, S)
+    hidden = None
+    if data.text is not None:
+        states, offsets = data.text
+        rows = [torch.tensor(states[offsets[i]:offsets[i + 1]]).float() for i in chosen]
+        hidden = pad_sequence(rows, batch_first=True)               # (B, S, T)
+    return mean, std, data.ids[chosen, :longest], hidden, mask, data.durations[chosen]
+
+
+def default_folder(data, name="train"):
+    """Where a cache lies by default: by the manifest's folder and name, or the world's split."""
+    path = Path(data or "").resolve()
+    return Path("cache") / (f"{path.parent.name}_{path.stem}" if data else f"world_{name}")
 
 
 def main():
-    args = parse_args()
+    args = parse_flags(__doc__, FLAGS)
     out = Path(args.out)
-    rows, pictured = [], []
-    clips = preview_manifest(args) if args.data else preview_world(args)
-    for number, (row, audio, rate) in enumerate(clips):
+    rows = []
+    audios = []
+
+    # a manifest's clips as a model hears them, or scenes with their truth
+    if args.data:
+        rate = args.sampling_rate
+        samples = round(args.max_duration * rate)
+        for row in read_rows(args)[:args.count]:
+            audio, duration = load_clip(row, rate, args.channels, samples, args.crop)
+            rows.append({"prompt": row["caption"], "duration": round(duration, 3),
+                         "score": row["score"], "source": row["audio"]})
+            audios.append(audio)
+    else:
+        rate = SAMPLE_RATE
+        world = World(args.split, args.seed, args.pairs, args.degraded)
+        audios, rows = render_batch(world, rate, 1, CLIP_SAMPLES, range(args.count))
+
+    # WAVs, a manifest of them, and a picture of the first (more are too small to read)
+    for number, (row, audio) in enumerate(zip(rows, audios)):
         name = f"{number:04d}.wav"
         write_wav(out / name, audio, rate)
-        rows.append({"audio": name, **row})
-        if number < 16:  # more panels than that are too small to read
-            pictured.append((audio, row["caption"]))
-        print(f"{out / name}  {row['duration']:.2f} s  {row['caption']}")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with atomic_path(out / "captions.jsonl") as temporary:
-        temporary.write_text(lines, encoding="utf-8")
-    drawn = save_spectrogram(out / "spectrograms.png", *zip(*pictured), rate)
-    print(f"wrote {len(rows)} WAV files and captions.jsonl{' and spectrograms.png' * drawn} to {out}")
-    print(f"next: `python train_fm.py --data {args.data}` trains on these recordings" if args.data else
-          "next: `python sample.py --prompt \"a violin followed by rain\"` makes such a scene from text")
+        print(f"{name}  {row['duration']:.2f} s  {row['prompt']}")
+        rows[number] = {"audio": name, "caption": row.pop("prompt"), **row}
+    write_jsonl(out / "captions.jsonl", rows)
+    captions = [row["caption"] for row in rows]
+    save_spectrogram(out / "spectrograms.png", audios[:16], captions, rate)
+    print(f"wrote {len(rows)} WAV files and captions.jsonl to {out}")
+    print("next: python train_fm.py trains on such scenes, with --data MANIFEST on your own clips")
 
 
 if __name__ == "__main__":

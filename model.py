@@ -1,463 +1,479 @@
-"""FluxTransformer and its conditioning (paper sections 2.2 and 2.3), and model folders on disk.
+"""FluxTransformer and its conditioning (paper 2.2, 2.3), score heads, model folders.
 
-    from model import TangoFlux, PRESETS, load_model, encode_prompts, null_condition
+    model = load_model("checkpoints/toy/base")          # or a hub id in the official layout
+    condition = encode_prompts(model.text, ["a violin"], torch.tensor([3.0]))      # of lib.text
+    velocity = model.flow.velocity(torch.randn(1, 64, 48), torch.ones(1), condition)
 
-    model = load_model("checkpoints/toy/base")                     # or a hub id in the official layout
-    condition = encode_prompts(model.text, ["a violin followed by rain"], torch.tensor([3.0]))
-    velocity = model.flow.velocity(noise, torch.ones(1), condition)
-
-The network follows the official code (declare-lab/TangoFlux on diffusers' Flux blocks), whose state_dict
-names are kept, the misspelt `duration_emebdder` included, so that official weights load. Where we differ:
-  - `Condition.mask` hides a row's text padding from attention; in the official code (mask=None) every row attends
-    to its padding, so that its result depends on the other prompts of the batch.
-  - the number of audio tokens comes from the latents, not from `audio_seq_len`.
+After the official code (declare-lab/TangoFlux on diffusers' Flux blocks), under its state_dict
+names, the misspelt `duration_emebdder` included, so that official weights load. Where we differ:
+  - `Condition.mask` hides a row's text padding from attention; in the official code (mask=None)
+    every row attends to its padding, and its result depends on the other prompts of the batch;
+  - the number of audio tokens comes from the latents, not from `audio_seq_len`;
   - initialisation: see `init_weights`.
 The paper says 515M parameters; the official layout has 518,009,536.
-
-A score, such as a listener's reward, may be a further input (Kim et al., "Improving Text-to-Music Generation with
-Human Preference Rewards", III-B; its code is not published: all but the five names is our reading): `ScoreEmbed`.
-
-Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token), M blocks,
-N = S+1+L tokens in all, K times prepared at once, D width, H heads, A width of a head, T width of the text encoder.
+Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token),
+M blocks, N all tokens, D width, H heads, A width of a head, T width of the text encoder.
 """
-import itertools
 import math
-import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blocks import (AdaLN, Attention, DoubleBlock, DurationEmbedder, Linear, ScoreEmbed, SingleBlock, TimeTextEmbed,
-                    modulate, rope_tables)
-from common import UserError, read_json, save_tensors, warn, write_json
-from text import fetch, load_text, null_tokens
-from weights import check_finite, empty, find_weights, load_weights
+from lib.common import UserError, read_json, reading, warn, write_json
+from lib.fast import attention
+from lib.text import load_text, null_score
+from lib.weights import empty, find_weights, load_weights, model_folder, resolve, save_module
+from vae import load_codec, save_codec
 
-PRESETS = {
-    # learns the built-in world on two CPU cores: 4 heads x 48, 2 double + 4 single blocks (train_fm.py takes
-    # in_channels and audio_seq_len from the codec)
-    "toy": dict(num_layers=2, num_single_layers=4, in_channels=48, attention_head_dim=48,
-                num_attention_heads=4, joint_attention_dim=128, audio_seq_len=64, max_duration=4.096,
-                axes_dims_rope=[8, 20, 20], uncondition=False, text_encoder_name="text_encoder"),
-    # the paper, section 2.3: 6 MMDiT + 18 DiT blocks, 8 heads x 128; 645 frames = 30 s of Oobleck latents
-    "tangoflux": dict(num_layers=6, num_single_layers=18, in_channels=64, attention_head_dim=128,
-                      num_attention_heads=8, joint_attention_dim=1024, audio_seq_len=645, max_duration=30,
-                      axes_dims_rope=[16, 56, 56], uncondition=False,
-                      text_encoder_name="google/flan-t5-large"),
-}
-
-# where a score enters (second paper, Table I); v1 and v2 have the same weights and differ in the forward pass alone
-SCORE_HEADS = {"v1": "GlobalAdaLN", "v2": "InputAdd", "v3": "AudioPrepend", "v4": "PerBlockAdaLN", "v5": "TextPrepend"}
-
-# whole numbers of a config that must be there: name -> (lowest, highest)
-LIMITS = {"num_layers": (0, 1000), "num_single_layers": (0, 1000), "in_channels": (1, 100_000),
-          "attention_head_dim": (2, 10_000), "num_attention_heads": (1, 1000),
-          "joint_attention_dim": (1, 100_000), "audio_seq_len": (1, 1_000_000)}
+# where a score enters (second paper, Table I)
+SCORE_HEADS = {"v1": "GlobalAdaLN", "v2": "InputAdd", "v3": "AudioPrepend",
+               "v4": "PerBlockAdaLN", "v5": "TextPrepend"}
 
 
-def check_config(config):
-    """The known keys of a model config; keys of other parts (vae, references) are left out. Official files lack
-    axes_dims_rope: they get its default. Raises UserError naming the first bad value.
+@dataclass
+class ModelConfig:
+    """A model's size, as in the official config.json; the defaults are the paper's."""
+    num_layers: int = 6                 # double blocks (MMDiT): text and audio have own weights
+    num_single_layers: int = 18         # single blocks (DiT) on text and audio as one sequence
+    in_channels: int = 64               # C
+    attention_head_dim: int = 128       # A
+    num_attention_heads: int = 8        # H; the width D is H A
+    joint_attention_dim: int = 1024     # T
+    audio_seq_len: int = 645            # L of a sample: 30 s of Oobleck latents
+    max_duration: float = 30            # seconds, where the duration's embedding ends
+    axes_dims_rope: tuple = (16, 56, 56)    # rotated widths, which add up to A
+    uncondition: bool = False           # in the official files; not used
+    text_encoder_name: str = "google/flan-t5-large"     # a hub id, or a folder beside the weights
+    score_head: str | None = None       # "v1" to "v5": SCORE_HEADS; None: the network takes none
+    score_null: str = "zero"            # no score is e_s = 0; "scalar": e_s of the mean score
+    score_mean: float = 0.0             # mean of the training scores,
+    score_std: float = 1.0              # and deviation: a score is standardised by both
+
+    @classmethod
+    def from_dict(cls, config):
+        """The config in a dict; its other keys (vae, references) are left out. Raises UserError."""
+        self = cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
+        with reading("config.json", "take the config.json of a model folder"):
+            sizes = [name for name, field in cls.__dataclass_fields__.items() if field.type is int]
+            for name in sizes:
+                low, high = (0, 1000) if "_layers" in name else (1, 100_000)
+                value = getattr(self, name)
+                if not isinstance(value, int) or not low <= value <= high:
+                    raise ValueError(f"{name} is {value!r}")
+            if sum(self.axes_dims_rope) != self.attention_head_dim:
+                raise ValueError("axes_dims_rope does not add up to attention_head_dim")
+            if self.score_head not in (None, *SCORE_HEADS):
+                raise ValueError(f"score_head is {self.score_head!r}")
+        return self
+
+    def to_dict(self):
+        """What config.json holds; without a score head none of its keys."""
+        fields = vars(self).items()
+        return {key: value for key, value in fields if self.score_head or "score" not in key}
+
+
+# toy: learns the built-in world on two CPU cores (train_fm.py takes C and L from the codec)
+TOY = ModelConfig(num_layers=2, num_single_layers=4, in_channels=48, attention_head_dim=48,
+                  num_attention_heads=4, joint_attention_dim=128, audio_seq_len=64,
+                  max_duration=4.096, axes_dims_rope=[8, 20, 20], text_encoder_name="text_encoder")
+PRESETS = {"tangoflux": ModelConfig().to_dict(), "toy": TOY.to_dict()}
+
+
+# ----------------------------------------------------------------------------- embeddings
+
+def chain(**layers):
+    """The layers one after the other, under these names."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def mlp(inputs, width):
+    """Linear, SiLU, Linear."""
+    return chain(linear_1=nn.Linear(inputs, width), act=nn.SiLU(), linear_2=nn.Linear(width, width))
+
+
+class TimeTextEmbed(nn.Module):
+    """The global condition of adaLN: time t (B,) in [0, 1] + pooled text (B, T) -> (B, D)."""
+
+    def __init__(self, text_width, width):
+        super().__init__()
+        self.timestep_embedder = mlp(256, width)
+        self.text_embedder = mlp(text_width, width)
+
+    def forward(self, t, pooled):
+        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
+        angles = (1000 * t.float())[:, None] * frequencies      # (B, 128); too much for 16 bits
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)             # (B, 256)
+        return self.timestep_embedder(waves.to(pooled.dtype)) + self.text_embedder(pooled)
+
+
+class DurationEmbedder(nn.Module):
+    """Seconds (B,), clamped to [0, max_duration] -> one token (B, 1, T); paper 2.2."""
+
+    def __init__(self, text_width, max_duration):
+        super().__init__()
+        self.max_duration = max_duration
+        frequencies = nn.ParameterDict({"weights": torch.randn(128)})       # learned
+        self.time_positional_embedding = nn.ModuleList([frequencies, nn.Linear(257, text_width)])
+
+    def forward(self, duration):
+        frequencies, linear = self.time_positional_embedding
+        x = duration.float().clamp(0, self.max_duration)[:, None] / self.max_duration       # (B, 1)
+        angles = 2 * math.pi * x * frequencies["weights"]                   # (B, 128)
+        features = torch.cat([x, angles.sin(), angles.cos()], dim=-1)       # (B, 257)
+        return linear(features.to(linear.bias.dtype))[:, None]              # (B, 1, T)
+
+
+class ScoreEmbed(nn.Module):
+    """A score's embedding e_s, and where it enters the network.
+
+    Second paper (Kim et al., "Improving Text-to-Music Generation with Human Preference Rewards",
+    III-B), whose code is not published: all but the five names of its Table I is our reading.
+    e_s: Fourier features at Gaussian frequencies (Tancik et al. 2020), cycles per deviation of the
+    training scores, and an MLP whose last layer starts at zero. No score (NaN): see `score_null`.
     """
-    known = {"max_duration": 30, "axes_dims_rope": [16, 56, 56], "uncondition": False,
-             "text_encoder_name": "google/flan-t5-large"}
-    for name, (low, high) in LIMITS.items():
-        value = config.get(name)
-        if type(value) is not int or not low <= value <= high:
-            raise UserError(f"config.json: {name} is {value!r}, but must be a whole number from {low} to {high}")
-    checked = {name: config[name] for name in LIMITS} | {name: config.get(name, known[name]) for name in known}
-    duration = checked["max_duration"]
-    if type(duration) not in (int, float) or not 0 < duration < math.inf:
-        raise UserError(f"config.json: max_duration is {duration!r}, but must be a positive number of seconds")
-    axes = checked["axes_dims_rope"]
-    even = isinstance(axes, (list, tuple)) and all(type(a) is int and a > 0 and a % 2 == 0 for a in axes)
-    if not even:
-        raise UserError(f"config.json: axes_dims_rope is {axes!r}, but must be a list of even widths")
-    if sum(axes) != checked["attention_head_dim"]:
-        raise UserError(f"config.json: axes_dims_rope {list(axes)} adds up to {sum(axes)}, "
-                        f"but attention_head_dim is {checked['attention_head_dim']}")
-    if not isinstance(checked["text_encoder_name"], str):
-        raise UserError(f"config.json: text_encoder_name is {checked['text_encoder_name']!r}, but must be a name")
-    return checked | (check_score(config) if config.get("score_head") else {})
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.config = config
+        each = config.num_layers + config.num_single_layers + 1             # blocks and output
+        self.outputs = each if config.score_head == "v4" else 1
+        self.register_buffer("frequencies", 0.5 * torch.randn(32))
+        self.linear_1 = nn.Linear(64, width)
+        self.linear_2 = nn.Linear(width, self.outputs * width)
+
+    def embed(self, score):
+        """score (B,), NaN = none -> e_s (B, 1, D), of v4 (B, M+1, D)."""
+        x = (score.float() - self.config.score_mean) / self.config.score_std
+        angles = 2 * math.pi * x.nan_to_num()[:, None] * self.frequencies   # (B, 32)
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1)          # (B, 64)
+        hidden = F.silu(self.linear_1(features.to(self.linear_1.bias.dtype)))
+        embedded = self.linear_2(hidden).unflatten(-1, (self.outputs, -1))
+        if self.config.score_null == "zero":
+            embedded = embedded.masked_fill(score.isnan()[:, None, None], 0.0)
+        return embedded
+
+    def forward(self, score, text, audio, tembs, mask):
+        """text (B, S, D), audio (B, L, D), tembs [global condition (B, D)], mask (B, S) or None."""
+        head = self.config.score_head
+        embedded = self.embed(score.to(text.device))                        # (B, 1 or M+1, D)
+        if head in ("v1", "v4"):        # added to the global condition; v4: one e_s for each block
+            tembs = [tembs[0] + own for own in embedded.unbind(1)]          # 1 or M+1 of (B, D)
+        if head == "v2":                # added to every audio latent
+            audio = audio + embedded                                        # (B, L, D)
+        if head == "v3":                # one more token before the audio, also without a score
+            audio = torch.cat([embedded.to(audio.dtype), audio], dim=1)     # (B, 1+L, D)
+        if head == "v5":                # one more token before the text, also without a score
+            text = torch.cat([embedded.to(text.dtype), text], dim=1)        # (B, 1+S, D)
+            mask = with_visible(mask, 1, 0)
+        return text, audio, tembs, mask
 
 
-def check_score(config):
-    """The keys of a config that has a score head. Raises UserError naming the first bad value."""
-    checked = {name: config.get(name, default) for name, default in (
-        ("score_head", None), ("score_null", "zero"), ("score_mean", 0.0), ("score_std", 1.0))}
-    for name, allowed in (("score_head", tuple(SCORE_HEADS)), ("score_null", ("zero", "scalar"))):
-        if checked[name] not in allowed:
-            raise UserError(f"config.json: {name} is {checked[name]!r}, but must be one of {', '.join(allowed)}")
-    for name in ("score_mean", "score_std"):
-        value = checked[name]
-        if type(value) not in (int, float) or not math.isfinite(value) or (name == "score_std" and value <= 0):
-            raise UserError(f"config.json: {name} is {value!r}, but must be a number, and a deviation above 0")
-    return checked
+def with_visible(mask, before, after):
+    """mask (B, S) with `before` and `after` more visible tokens; None (all visible) stays None."""
+    return None if mask is None else F.pad(mask, (before, after), value=True)
 
 
-# ----------------------------------------------------------------------------- the network
+# ----------------------------------------------------------------------------- attention
+
+@lru_cache(32)
+@torch.inference_mode(False)        # else a later training could not use the cached tables
+def rope_tables(tokens, frames, axes, device):
+    """cos and signed sin, each (N, A), for `apply_rope`; theta 10000, angles in float64.
+
+    The first `tokens` (text, duration) stand at position 0, audio frame i at i on every axis.
+    """
+    exponents = torch.cat([torch.arange(0, axis, 2).double() / axis for axis in axes])  # (A/2,)
+    positions = F.pad(torch.arange(frames).double(), (tokens, 0))           # (N,)
+    angles = torch.outer(positions, 10000.0 ** -exponents).repeat_interleave(2, dim=1)  # (N, A)
+    signs = torch.tensor([-1.0, 1.0]).repeat(len(exponents))                # (A,)
+    return angles.cos().float().to(device), (signs * angles.sin().float()).to(device)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate adjacent pairs of x (B, H, N, A): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                 # (B, H, N, A)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Attention over text and audio; a double block has projections of its own for the text."""
+
+    def __init__(self, width, heads, double):
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_k = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        if double:
+            self.to_out = nn.ModuleList([nn.Linear(width, width)])
+            self.norm_added_q = nn.RMSNorm(width // heads)
+            self.norm_added_k = nn.RMSNorm(width // heads)
+            self.add_q_proj = nn.Linear(width, width)
+            self.add_k_proj = nn.Linear(width, width)
+            self.add_v_proj = nn.Linear(width, width)
+            self.to_add_out = nn.Linear(width, width)
+
+    def heads_of(self, x, norm=None):
+        """(B, N, D) -> (B, H, N, A); norm: RMS over A in x's dtype (float32 slows autocast)."""
+        x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)               # (B, H, N, A)
+        return x if norm is None else F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), 1e-6)
+
+    def forward(self, x, rope, visible, text=None):
+        """x: the audio (B, L, D) with its text (B, S, D), or both as one -> (B, N, D)."""
+        q = self.heads_of(self.to_q(x), self.norm_q)                        # (B, H, L, A)
+        k = self.heads_of(self.to_k(x), self.norm_k)
+        v = self.heads_of(self.to_v(x))
+        if text is not None:
+            text_q = self.heads_of(self.add_q_proj(text), self.norm_added_q)        # (B, H, S, A)
+            text_k = self.heads_of(self.add_k_proj(text), self.norm_added_k)
+            text_v = self.heads_of(self.add_v_proj(text))
+            q = torch.cat([text_q, q], dim=2)                               # (B, H, N, A)
+            k = torch.cat([text_k, k], dim=2)
+            v = torch.cat([text_v, v], dim=2)
+        q = apply_rope(q, *rope).to(v.dtype)
+        k = apply_rope(k, *rope).to(v.dtype)
+        return attention(q, k, v, visible).transpose(1, 2).flatten(2)       # (B, N, D)
+
+
+# ----------------------------------------------------------------------------- blocks
+
+def ada_ln(width, chunks):
+    """SiLU of a global condition (B, D) -> `chunks` modulations (B, chunks, 1, D)."""
+    return chain(linear=nn.Linear(width, chunks * width), each=nn.Unflatten(-1, (chunks, 1, width)))
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without affine, eps 1e-6, then scale and shift: x (B, N, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def gated(x, shift, scale, gate, branch):
+    """x (B, N, D) + gate * branch(modulated x)."""
+    return torch.addcmul(x, gate, branch(modulate(x, shift, scale)))
+
+
+def feed_forward(width):
+    """Linear, GELU (tanh), Linear; 4x wide, under diffusers' names net.0.proj and net.2."""
+    wide = chain(proj=nn.Linear(width, 4 * width), act=nn.GELU("tanh"))
+    return chain(net=nn.Sequential(wide, nn.Identity(), nn.Linear(4 * width, width)))
+
+
+class DoubleBlock(nn.Module):
+    """MMDiT: text and audio have their own weights and meet in attention only."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm1_context = ada_ln(width, 6), ada_ln(width, 6)
+        self.attn = Attention(width, heads, double=True)
+        self.ff, self.ff_context = feed_forward(width), feed_forward(width)
+
+    def forward(self, text, audio, silu_temb, rope, visible):
+        shift, scale, gate, *mlp = self.norm1(silu_temb).unbind(1)          # (B, 1, D) each
+        text_shift, text_scale, text_gate, *text_mlp = self.norm1_context(silu_temb).unbind(1)
+        text_in = modulate(text, text_shift, text_scale)                    # (B, S, D)
+        audio_in = modulate(audio, shift, scale)                            # (B, L, D)
+        x = self.attn(audio_in, rope, visible, text_in)                     # (B, N, D)
+        text_out, audio_out = x.tensor_split([text.shape[1]], dim=1)        # (B, S|L, D)
+        audio = torch.addcmul(audio, gate, self.attn.to_out[0](audio_out))
+        text = torch.addcmul(text, text_gate, self.attn.to_add_out(text_out))
+
+        audio = gated(audio, *mlp, self.ff)                                 # (B, L, D)
+        text = gated(text, *text_mlp, self.ff_context)                      # (B, S, D)
+        return text, audio
+
+
+class SingleBlock(nn.Module):
+    """DiT on text and audio as one sequence; attention and MLP in parallel, one projection out."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm = ada_ln(width, 3)
+        self.proj_mlp, self.act_mlp = nn.Linear(width, 4 * width), nn.GELU("tanh")
+        self.proj_out = nn.Linear(5 * width, width)
+        self.attn = Attention(width, heads, double=False)
+
+    def forward(self, x, silu_temb, rope, visible):
+        shift, scale, gate = self.norm(silu_temb).unbind(1)                 # (B, 1, D) each
+        h = modulate(x, shift, scale)                                       # (B, N, D)
+        attended = self.attn(h, rope, visible)      # first: so autograd sums the gradients of h
+        wide = self.act_mlp(self.proj_mlp(h))                               # (B, N, 4D)
+        hidden = torch.cat([attended, wide], dim=-1)                        # (B, N, 5D)
+        return torch.addcmul(x, gate, self.proj_out(hidden))                # (B, N, D)
+
 
 class FluxTransformer(nn.Module):
-    """Velocity of latents (B, L, C) at time t, given text tokens, a pooled text vector and perhaps a score.
-
-    The score's embedding e_s joins: v1 the global condition of every block's adaLN; v2 every audio latent behind the
-    input projection; v3 the audio, v5 the text, as one more token before it, at position 0, which stays where there is
-    no score; v4 the global condition, with an e_s of its own for each block.
-    """
+    """Velocity of latents (B, L, C) at time t, given text, its pooled vector, perhaps a score."""
 
     def __init__(self, config):
         super().__init__()
-        heads, head_width = config["num_attention_heads"], config["attention_head_dim"]
-        width, text_width = heads * head_width, config["joint_attention_dim"]
-        self.axes = tuple(config["axes_dims_rope"])
+        text_width, heads = config.joint_attention_dim, config.num_attention_heads
+        width = heads * config.attention_head_dim
+        self.axes = tuple(config.axes_dims_rope)
         self.time_text_embed = TimeTextEmbed(text_width, width)
-        self.context_embedder = Linear(text_width, width)
-        self.x_embedder = Linear(config["in_channels"], width)
+        self.context_embedder = nn.Linear(text_width, width)
+        self.x_embedder = nn.Linear(config.in_channels, width)
         self.transformer_blocks = nn.ModuleList(
-            DoubleBlock(heads, head_width) for _ in range(config["num_layers"]))
+            DoubleBlock(width, heads) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
-            SingleBlock(heads, head_width) for _ in range(config["num_single_layers"]))
-        self.norm_out = AdaLN(width, 2)
-        self.proj_out = Linear(width, config["in_channels"])
-        self.score_head = config.get("score_head")
-        if self.score_head:
-            self.score_embed = ScoreEmbed(config, width)
+            SingleBlock(width, heads) for _ in range(config.num_single_layers))
+        self.norm_out = ada_ln(width, 2)
+        self.proj_out = nn.Linear(width, config.in_channels)
+        self.score_embed = ScoreEmbed(config, width) if config.score_head else None
 
-    def forward(self, latents, t, text, pooled, text_mask=None, score=None):
-        """latents (B, L, C), t (B,) in [0, 1] with 1 = noise, text (B, S, T), pooled (B, T) -> velocity (B, L, C).
+    def forward(self, latents, t, text, pooled, mask=None, score=None):
+        """latents (B, L, C), t (B,) with 1 = noise, text (B, S, T), pooled (B, T) -> (B, L, C).
 
-        `text_mask` (B, S) bool: False tokens are invisible as keys; None: all are visible (the official way).
-        `score` (B,), NaN = none; None: none for all rows. Only a network with a score head takes one.
+        mask (B, S) bool: True = attended to; None: all (official code). score (B,), NaN = none,
+        or None; ValueError if the network has no score head.
         """
-        return self.run(latents, self.prepare(t[None], text, pooled, latents.shape[1], text_mask, score)[0])
-
-    def prepare(self, ts, text, pooled, frames, text_mask=None, score=None):
-        """All that does not depend on the latents, for times ts (K, B): K Prepared, one for each time.
-
-        A sampler calls this once for many steps: their modulations are one product a block.
-        """
-        count, rows = ts.shape
-        temb = self.time_text_embed(ts.flatten(), pooled.repeat(count, 1))                      # (K B, D)
-        text, embedded = self.context_embedder(text), None                                      # (B, S, D)
-        if self.score_head:
-            score = null_score(text) if score is None else score.to(text.device)
-            embedded = self.score_embed(score)                                                  # (B, D), v4 (B, M+1, D)
-            if self.score_head == "v1":
-                temb = temb + embedded.repeat(count, 1)
-            elif self.score_head == "v4":
-                temb = [temb + each.repeat(count, 1) for each in embedded.unbind(1)]            # M+1 x (K B, D)
-            elif self.score_head == "v5":
-                text = torch.cat([embedded[:, None].to(text.dtype), text], dim=1)               # (B, 1+S, D)
-                text_mask = None if text_mask is None else F.pad(text_mask, (1, 0), value=True)
+        text, audio = self.context_embedder(text), self.x_embedder(latents)     # (B, S|L, D)
+        tembs = [self.time_text_embed(t, pooled)]                               # (B, D)
+        if self.score_embed is not None:
+            score = null_score(latents) if score is None else score
+            text, audio, tembs, mask = self.score_embed(score, text, audio, tembs, mask)
         elif score is not None:
             raise ValueError("this network has no score head")
-        before = text.shape[1] + (self.score_head == "v3")      # tokens before the first frame stand at position 0:
-        rope = rope_tables(before, frames, self.axes, text.device)          # text, duration, a score's of v3 and v5
-        visible = None
-        if text_mask is not None:
-            visible = F.pad(text_mask, (0, before - text.shape[1] + frames), value=True)[:, None, None]     # (B,1,1,N)
-        silu_tembs = map(F.silu, temb) if self.score_head == "v4" else itertools.repeat(F.silu(temb))   # (K B, D) each
-        layers = [block.modulations(next(silu_tembs))
-                  for block in [*self.transformer_blocks, *self.single_transformer_blocks]]
-        layers.append(self.norm_out(next(silu_tembs)))
-        token = embedded if self.score_head in ("v2", "v3") else None
-        return [Prepared(text, token, [take(layer, slice(k * rows, (k + 1) * rows)) for layer in layers], rope, visible)
-                for k in range(count)]
+        mask = with_visible(mask, 0, audio.shape[1])                            # (B, N)
 
-    def run(self, latents, prepared):
-        """Velocity of latents (B, L, C), all else being `prepared`: a step of a sampler."""
-        text, embedded, layers, rope, visible = prepared
-        audio = self.x_embedder(latents)                                                        # (B, L, D)
-        if self.score_head == "v2":
-            audio = audio + embedded[:, None]
-        elif self.score_head == "v3":
-            audio = torch.cat([embedded[:, None].to(audio.dtype), audio], dim=1)                # (B, 1+L, D)
-        layers = iter(layers)
-        for block in self.transformer_blocks:
-            text, audio = block(text, audio, next(layers), rope, visible)
-        x = torch.cat([text, audio], dim=1)                                                     # (B, N, D)
-        for block in self.single_transformer_blocks:
-            x = block(x, next(layers), rope, visible)
-        scale, shift = next(layers)                              # in this order, unlike in the blocks
-        return self.proj_out(modulate(x[:, -latents.shape[1]:], shift, scale))                  # (B, L, C)
-
-
-class Prepared(NamedTuple):
-    """What FluxTransformer.prepare makes for one time."""
-    text: torch.Tensor           # (B, S, D)
-    score: torch.Tensor | None   # (B, D), of v2 and v3
-    layers: list                 # modulations of each block and of the output, tensors (B, 1, D)
-    rope: tuple                  # cos, sin (N, A)
-    visible: torch.Tensor | None     # (B, 1, 1, N) bool
-
-
-def take(modulations, rows):
-    """The part `rows` of modulations, a tensor or nested tuples of them."""
-    return modulations[rows] if isinstance(modulations, torch.Tensor) else tuple(take(m, rows) for m in modulations)
-
-
-class Condition(NamedTuple):
-    """What a velocity is conditioned on. One row per latent."""
-    text: torch.Tensor           # (B, S, T) hidden states of the text encoder
-    mask: torch.Tensor | None    # (B, S) bool: what the transformer may see; None = all, padding too (official)
-    pooled_mask: torch.Tensor    # (B, S) 1 = real token: what the pooled vector averages
-    duration: torch.Tensor       # (B,) seconds
-    score: torch.Tensor | None = None    # (B,) NaN = none; None: none for all rows
+        frames = latents.shape[1]
+        tokens = text.shape[1] + audio.shape[1] - frames                        # N - L
+        rope = rope_tables(tokens, frames, self.axes, text.device)              # (N, A) twice
+        double = len(self.transformer_blocks)
+        blocks = double + len(self.single_transformer_blocks)
+        tembs = [F.silu(temb) for temb in tembs]
+        if len(tembs) == 1:                         # one condition for all blocks and the output
+            tembs = tembs * (blocks + 1)
+        for block, temb in zip(self.transformer_blocks, tembs):
+            text, audio = block(text, audio, temb, rope, mask)                  # (B, S|L, D)
+        x = torch.cat([text, audio], dim=1)                                     # (B, N, D)
+        for block, temb in zip(self.single_transformer_blocks, tembs[double:]):
+            x = block(x, temb, rope, mask)                                      # (B, N, D)
+        scale, shift = self.norm_out(tembs[-1]).unbind(1)       # this order, unlike in the blocks
+        return self.proj_out(modulate(x[:, -frames:], shift, scale))            # (B, L, C)
 
 
 class TangoFlux(nn.Module):
-    """The transformer with its conditioning; state_dict as in the official tangoflux.safetensors."""
+    """The transformer with its conditioning; state_dict as in the official files."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = check_config(config)
-        text_width = self.config["joint_attention_dim"]
-        self.transformer = FluxTransformer(self.config)
-        self.fc = nn.Sequential(Linear(text_width, text_width), nn.ReLU())
-        self.duration_emebdder = DurationEmbedder(text_width, self.config["max_duration"])
+        config = ModelConfig.from_dict(config)
+        self.config = config.to_dict()
+        width = config.joint_attention_dim
+        self.transformer = FluxTransformer(config)
+        self.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+        self.duration_emebdder = DurationEmbedder(width, config.max_duration)
         init_weights(self)
 
     def condition_inputs(self, condition):
-        """Condition -> text with the duration token at its END (B, S+1, T), pooled (B, T), mask (B, S+1) or None."""
+        """Text with the duration token at its END (B, S+1, T), pooled (B, T), mask, score."""
         text = condition.text.to(self.fc[0].bias.dtype)
-        weights = condition.pooled_mask[..., None].to(text.dtype)                               # (B, S, 1)
-        pooled = self.fc((text * weights).sum(1) / weights.sum(1).clamp(min=1))                 # (B, T)
-        text = torch.cat([text, self.duration_emebdder(condition.duration).to(text.dtype)], 1)  # (B, S+1, T)
-        mask = None if condition.mask is None else F.pad(condition.mask.bool(), (0, 1), value=True)
-        return text, pooled, mask
-
-    def prepare(self, ts, condition, frames):
-        """FluxTransformer.prepare of a Condition with B rows at the times ts (K,), the same for all rows."""
-        text, pooled, mask = self.condition_inputs(condition)
-        return self.transformer.prepare(ts[:, None].expand(-1, len(text)), text, pooled, frames, mask, condition.score)
-
-    def pack(self, rows):
-        """Make this a network for sampling: q, k and v one product, on a CPU weights in oneDNN's order of storage.
-
-        `rows`: about B N of the batches to come. The weights move: there is no state_dict afterwards, nor training.
-        """
-        for module in list(self.modules()):
-            if isinstance(module, Attention):
-                module.fuse()
-        with torch.inference_mode():
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.pack(rows)
-        return self
+        real = condition.pooled_mask[..., None].to(text.dtype)                  # (B, S, 1)
+        pooled = self.fc((text * real).sum(1) / real.sum(1).clamp(min=1))       # (B, T)
+        duration = self.duration_emebdder(condition.duration).to(text.dtype)    # (B, 1, T)
+        text = torch.cat([text, duration], dim=1)                               # (B, S+1, T)
+        return text, pooled, with_visible(condition.mask, 0, 1), condition.score
 
     def velocity(self, latents, t, condition):
-        """Noise minus data at x_t: latents (B, L, C) normalised, t (B,), Condition with B rows -> (B, L, C)."""
-        return self.transformer(latents, t, *self.condition_inputs(condition), condition.score)
-
-
-def with_score_head(flow, head, null="zero", mean=0.0, std=1.0, seed=0):
-    """A TangoFlux with a score head and the weights of `flow` -> (flow, whether its head is a new one).
-
-    The head is new where `flow` has none (e_s = 0: the velocity is that of `flow`, but for the extra token of v3 and
-    v5). v1 and v2 take each other's, strictly, with their mean and deviation, which the arguments then do not change
-    (the paper's cross-loading, IV-B); v2 into v1 is warned of. Raises UserError for other heads.
-    """
-    before = flow.config.get("score_head")
-    if before and before != head and {before, head} != {"v1", "v2"}:
-        raise UserError(f"the model has the score head {before} ({SCORE_HEADS[before]}), whose weights {head} "
-                        f"({SCORE_HEADS[head]}) can't take; only v1 and v2 take each other's")
-    if (before, head) == ("v2", "v1"):
-        warn("weights trained as v2 (InputAdd) run as v1 (GlobalAdaLN): the paper found that this collapses (reward "
-             "-0.50 where v1 -> v2 has +0.01, Table III)")
-    new = {} if before else {"score_null": null, "score_mean": float(mean), "score_std": float(std)}
-    device = next(flow.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        result = TangoFlux({**flow.config, **new, "score_head": head})
-    tensors = flow.state_dict()
-    if not before:
-        tensors = {**{name: tensor for name, tensor in result.state_dict().items() if "score_embed" in name}, **tensors}
-    result.load_state_dict(tensors)                     # strict
-    return result.to(device).train(flow.training), not before
+        """Noise minus data at x_t: latents (B, L, C) normalised, t (B,), Condition -> (B, L, C)."""
+        return self.transformer(latents, t, *self.condition_inputs(condition))
 
 
 def init_weights(flow):
-    """Initialise in one place, as DiT does; the official code kept diffusers' (= PyTorch's) defaults everywhere.
+    """Xavier uniform, no bias, as DiT; the official code kept PyTorch's defaults.
 
-    Zero: the adaLN linears, so that every gate is shut and each block starts as the identity, and the last
-    projection, so that the first prediction is 0 whatever t is. Everything else: Xavier uniform, no bias. DiT starts
-    the embedders of t and text at std 0.02; text so faint is learned late (after 300 toy steps its share of the
-    loss was a quarter of what it is here).
+    Zero: the adaLN linears, so that every gate is shut and each block starts as the identity; the
+    last projection, so that the first prediction is 0; a score head's last layer. DiT starts the
+    embedders of t and text at std 0.02: text so faint is learned late.
     """
-    for module in flow.modules():
+    zero = (".linear", "transformer.proj_out", "score_embed.linear_2")
+    for name, module in flow.named_modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            nn.init.xavier_uniform_(module.weight, 0.0 if name.endswith(zero) else 1.0)
             nn.init.zeros_(module.bias)
-    for module in flow.modules():
-        if isinstance(module, AdaLN):
-            nn.init.zeros_(module.linear.weight)
-    nn.init.zeros_(flow.transformer.proj_out.weight)
-    if flow.transformer.score_head:
-        nn.init.zeros_(flow.transformer.score_embed.linear_2.weight)     # its bias is: e_s = 0 at first
 
 
-# ----------------------------------------------------------------------------- conditions
+def with_score_head(flow, head, null="zero", mean=0.0, std=1.0, seed=0):
+    """A TangoFlux with a score head and the weights of `flow` -> (flow, whether its head is new).
 
-def encode_prompts(text_encoder, prompts, duration, max_length=None, score=None):
-    """Prompts, seconds (B,) and perhaps scores (B,) -> Condition, each row blind to the other rows' padding."""
-    ids, mask = text_encoder.tokenize(prompts, max_length)
-    hidden = text_encoder.encode(ids, mask)
-    mask = mask.to(hidden.device)
-    return Condition(hidden, mask, mask, duration.to(hidden.device), None if score is None else score.to(hidden.device))
-
-
-def null_score(like):
-    """The one null of the score, in dropout and in guidance: NaN (B,) for the B rows of `like`; see ScoreEmbed."""
-    return torch.full((len(like),), math.nan, device=like.device)
-
-
-def null_condition(text_encoder, condition):
-    """The unconditional branch of guidance: the null text at each row's own length, no score, the same duration."""
-    ids, attention, visible = null_tokens(condition.pooled_mask.sum(1), condition.text.shape[1])
-    hidden = text_encoder.encode(ids, attention)
-    return Condition(hidden, None if condition.mask is None else visible.to(hidden.device),
-                     attention.to(hidden.device), condition.duration,
-                     None if condition.score is None else null_score(condition.score))
-
-
-def replace_rows(condition, rows, other):
-    """`condition` with `rows` (B,) bool taken from `other` (same widths): condition dropout on encoded text."""
-    def pick(ours, theirs):
-        return None if ours is None else torch.where(rows.view(-1, *[1] * (ours.dim() - 1)), theirs, ours)
-    return Condition(*map(pick, condition, other))
-
-
-def moved(condition, device):
-    """`condition` on `device`."""
-    return Condition(*(None if value is None else value.to(device) for value in condition))
-
-
-def take_rows(condition, rows):
-    """The part `rows` (a slice or an index) of a condition's batch."""
-    return Condition(*(None if value is None else value[rows] for value in condition))
-
-
-def concat_conditions(first, second):
-    """Stack two conditions along the batch, e.g. null and prompt. Unequal S is padded, invisibly, so needs masks."""
-    size = max(first.text.shape[1], second.text.shape[1])
-    if first.text.shape[1] != second.text.shape[1] and (first.mask is None or second.mask is None):
-        raise ValueError("conditions without a mask must have the same number of tokens")
-
-    def pad(condition):
-        extra = size - condition.text.shape[1]
-        return Condition(F.pad(condition.text, (0, 0, 0, extra)),
-                         None if condition.mask is None else F.pad(condition.mask, (0, extra)),
-                         F.pad(condition.pooled_mask, (0, extra)), condition.duration, condition.score)
-    return Condition(*(None if a is None else torch.cat([a, b]) for a, b in zip(pad(first), pad(second))))
+    v1 and v2 take each other's, null, mean and deviation too (the paper's cross-loading, IV-B).
+    """
+    before = flow.config.get("score_head")
+    if before not in (None, head) and {before, head} != {"v1", "v2"}:
+        raise UserError(f"{head} can't take the weights of score head {before}: "
+                        "only v1 and v2 take each other's")
+    if (before, head) == ("v2", "v1"):
+        warn("v2 run as v1: the paper found that this collapses (Table III: -0.50, v1 as v2 +0.01)")
+    new = dict(score_null=null, score_mean=float(mean), score_std=float(std))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        result = TangoFlux({**new, **flow.config, "score_head": head})
+    result.load_state_dict(result.state_dict() | flow.state_dict())             # strict
+    return result.to(next(flow.parameters()).device).train(flow.training), before is None
 
 
 # ----------------------------------------------------------------------------- model folders
 
-def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
-    """A local model folder as it is; anything else in the form owner/name: its `files`, fetched from the hub."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{name} is a file; pass the model folder that holds it")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():
-        raise UserError(f"model folder {name} is missing; pass an existing folder or a hub id like owner/name")
-    return fetch(str(name), list(files))
-
-
-def read_config(folder):
-    """The dict in folder/config.json. Raises UserError if it is missing, broken or no JSON object."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.json is not a JSON object; take the config.json of a model folder")
-    return config
-
-
-def resolve(folder, part):
-    """The folder that really holds `part` ("flow", "vae", "text_encoder"), through config.json's "references"."""
-    for _ in range(8):
-        references = read_config(folder).get("references", {})
-        if not isinstance(references, dict) or not isinstance(references.get(part, ""), str):
-            raise UserError(f"{folder}/config.json: references must map a part to a relative folder")
-        if part not in references:
-            return folder
-        target = folder / references[part]
-        if not target.is_dir():
-            raise UserError(f"{folder}/config.json looks for {part} in {references[part]}, but {target} is missing")
-        folder = target
-    raise UserError(f"{folder}/config.json: the references for {part} lead in a circle")
-
-
-def flow_and_text_weights(folder):
-    """Weights of the flow in a folder, and of the text encoder that some official files carry along (None if not)."""
-    weights = find_weights(folder, "tangoflux.safetensors")
-    names = {name.removeprefix("text_encoder."): name for name in weights if name.startswith("text_encoder.")}
-    return weights.named({name: name for name in weights if not name.startswith("text_encoder.")}), (
-        weights.named(names) if names else None)
-
-
-def load_flow(weights, config, dtype):
-    """A TangoFlux of `config` with these weights, cast to `dtype`; no random numbers are drawn in vain."""
-    with torch.device("meta"):
-        flow = TangoFlux(config)
-    flow = empty(flow, dtype)
-    load_weights(flow, weights)
-    return flow
-
-
 def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", "text")):
-    """Read a model folder or hub id -> namespace .flow .codec .text (None where not in `parts`) .config .folder.
+    """Read a model folder or hub id -> namespace .flow .codec .text .config .folder.
 
-    Layout: config.json, tangoflux.safetensors, vae.safetensors, text_encoder/. Everything is in eval mode. Weights
-    must fit the config exactly; the flow is cast to `dtype`, codec and text encoder stay float32.
+    What is not in `parts` is None; everything is in eval mode. The flow is cast to `dtype`, the
+    rest stays float32. Raises UserError: weights must fit the config exactly, and parts each other.
     """
     folder = model_folder(name)
-    config = read_config(folder)
-    flow = codec = text = carried = None
-    if "flow" in parts or "text" in parts:
-        place = resolve(folder, "flow")
-        checked = check_config(read_config(place))
-        if "flow" in parts or "/" in checked["text_encoder_name"]:       # only an official file may carry a T5
-            weights, carried = flow_and_text_weights(place)
-    if "text" in parts:
-        text = load_text(resolve(folder, "text_encoder"), checked, carried, torch.float32).to(device)
-        if text.width != checked["joint_attention_dim"]:
-            raise UserError(f"{folder}: the text encoder is {text.width} wide, "
-                            f"but joint_attention_dim is {checked['joint_attention_dim']}")
+    flow_folder, config_json = resolve(folder, "flow")
+    config = ModelConfig.from_dict(config_json).to_dict()
+    model = SimpleNamespace(flow=None, codec=None, text=None, config=config_json, folder=folder)
+    widths = {}                         # of the other parts, which must be the flow's
+    t5_names = {}                       # of a T5 that some official files hold inside the flow's
+    if "flow" in parts or "/" in config["text_encoder_name"]:
+        weights = find_weights(flow_folder, "tangoflux.safetensors")
+        names = [name for name in weights if name.startswith("text_encoder.")]
+        t5_names = {name.removeprefix("text_encoder."): name for name in names}
     if "flow" in parts:
-        flow = load_flow(weights, checked, dtype).to(device).eval()
+        with torch.device("meta"):      # no random numbers are drawn in vain
+            flow = TangoFlux(config)
+        model.flow = empty(flow, dtype)
+        load_weights(model.flow, weights, optional=t5_names.values())
+        model.flow.to(device).eval()
     if "codec" in parts:
-        from vae import load_codec
-        codec = load_codec(folder, device)
-    if flow is not None and codec is not None and flow.config["in_channels"] != codec.latent_channels:
-        raise UserError(f"{folder}: the codec's latents are {codec.latent_channels} wide, the flow's "
-                        f"{flow.config['in_channels']}; use parts that belong together")
-    return SimpleNamespace(flow=flow, codec=codec, text=text, config=config, folder=folder)
+        model.codec = load_codec(folder, device)
+        widths["in_channels"] = model.codec.latent_channels
+    if "text" in parts:
+        t5 = weights.renamed(t5_names) if t5_names else None
+        text_folder, _ = resolve(folder, "text_encoder")
+        model.text = load_text(text_folder, config, t5, torch.float32).to(device)
+        widths["joint_attention_dim"] = model.text.width
+    for key, width in widths.items():
+        if width != config[key]:
+            raise UserError(f"{folder}: the part is {width} wide, but {key} is {config[key]}")
+    return model
 
 
-def save_model(folder, flow=None, codec=None, text=None, references=None, extra=None, dtype=torch.float32):
-    """Write the given parts as a model folder; each file appears whole or not at all, config.json last.
+def save_model(folder, flow=None, codec=None, text=None, references=None, extra=None,
+               dtype=torch.float32):
+    """Write the given parts as a model folder, whose config.json keeps the keys that it has.
 
-    `references` {"vae": "../base", "text_encoder": "../base"}: parts that stay in another folder. `extra`: further
-    keys of config.json (how it was trained, default steps). Keys that an earlier save left there are kept.
+    references {"vae": "../base"}: parts that stay in another folder. extra: keys of config.json.
     """
     folder = Path(folder)
     path = folder / "config.json"
-    config = read_config(folder) if path.exists() else {}
+    config = read_json(path, dict) if path.exists() else {}
     if flow is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in flow.state_dict().items()}
-        save_tensors(folder / "tangoflux.safetensors", check_finite(tensors, "tangoflux.safetensors"))
+        save_module(folder / "tangoflux.safetensors", flow, dtype)
         config |= flow.config
     if text is not None:
         text.save(folder / "text_encoder", dtype)
     given = {"flow": flow, "vae": codec, "text_encoder": text}
-    kept = {**config.get("references", {}), **(references or {})}
-    config["references"] = {part: target for part, target in kept.items() if given.get(part) is None}
+    linked = config.get("references", {}) | (references or {})
+    config["references"] = {part: at for part, at in linked.items() if given.get(part) is None}
     write_json(path, config | (extra or {}))
     if codec is not None:
-        from vae import save_codec
-        save_codec(folder, codec, dtype)   # adds its own key "vae" to config.json
+        save_codec(folder, codec, dtype)                        # adds its own key "vae"

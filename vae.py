@@ -1,472 +1,300 @@
 """The codecs, audio <-> latents: load, save, and train either of the two.
 
-    python vae.py                                            # the toy's mel codec, on the built-in world
-    python vae.py --codec oobleck --max_minutes 20           # a small waveform codec, on one-second crops
-    python vae.py --data my/captions.jsonl --seconds 4.096   # on audio of your own
-    python vae.py --checkpoint runs/vae --out runs/finer --learning_rate 1e-3    # go on from a trained codec
-    python vae.py --codec oobleck --data sounds/captions.jsonl --seconds 1 --overfit 8 --max_minutes 20 \\
-        --out runs/oobleck_overfit                           # does it learn at all? Eight clips, by heart
+    python vae.py                                     # the toy's mel codec, on the built-in world
+    python vae.py --codec oobleck --max_minutes 20    # a small waveform codec, on short crops
+    python vae.py --data my.jsonl --checkpoint runs/vae --out runs/mine     # tuned on your audio
 
-A codec has sampling_rate, audio_channels, hop (samples per latent frame), latent_channels, and
-    encode(audio (B, channels, samples)) -> mean, std (B, L, C) raw     decode(latents (B, L, C) raw) -> audio
-    normalise(latents), denormalise(latents)                            what the flow is trained on and makes
-Nothing else in the code knows which codec it talks to. The mel codec (melvae.py) is the second paper's,
-small; Oobleck (oobleck.py) is the first paper's. Both train in the one loop below; the losses stand beside
-the networks. Batch and noise of a step follow from (seed, step): a killed and resumed run ends with the same
-bits.
-
-Letters: B batch, L latent frames, C latent channels, M mel bands, F mel frames.
+A codec has sampling_rate, audio_channels, hop (samples of a latent frame), latent_channels, and
+    encode(audio (B, channels, samples)) -> mean, std (B, L, C) raw   decode(latents) -> audio
+    normalise(latents), denormalise(latents)         what the flow is trained on and makes
+The mel codec (lib/mel.py) is the second paper's, small; Oobleck (lib/oobleck.py) the first paper's.
+Each names its examples (log-mels or audio), losses, error. A step follows from (seed, step).
+B batch, L latent frames, C latent channels, N examples of R rows and T columns.
 """
-import argparse
-import itertools
 import json
 import math
 import time
+from collections import defaultdict
+from itertools import count, islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import data
-from audio import probe_audio, resample
-from common import (UserError, append_jsonl, choose_device, generator, in_range, parse_arguments, read_json, read_jsonl,
-                    run_main, save_tensors, write_json)
-from melvae import MelVAE, mel_losses
-from oobleck import (LOSS_WEIGHTS, OOBLECK_DEFAULTS, TOY_OOBLECK, TOY_OOBLECK_TRAINING, Oobleck, empty_oobleck,
-                     oobleck_losses)
-from training import cosine_decay, draw_log, load_state, save_state, trim_log
-from vocoder import MEL_16K, MEL_44K, LogMel, log_mel_error
-from weights import find_weights, load_weights
+from data import DATA_FLAGS, load_clip, read_rows, split_rows
+from lib.audio import resample
+from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, choose_device, draw_log,
+                        flag, generator, parse_flags, read_json, reading, run_main, write_json)
+from lib.fast import quicken_codec
+from lib.mel import MelVAE
+from lib.oobleck import OOBLECK_DEFAULTS, Oobleck
+from lib.weights import (find_weights, learning_rate, load_state, load_weights, model_folder,
+                         read_config, resolve, save_module, save_state, set_rate, trim_log)
+from world.scenes import World
+from world.sounds import SAMPLE_RATE
 
-# 4.096 s at 16 kHz = 256 mel frames = 64 latent frames of 64 ms, 48 channels. The paper's layout as it is (two
-# halvings, random start, 32 channels) stood at a log-mel error of 7 dB after 2000 steps, and reconstructions lost
-# 40 % of event F1. Four mel frames to a column and a linear skip stand at 2.9 dB before the first step (see
-# melvae.py).
-TOY_MEL = dict(data_dim=80, embed_dim=48, hidden_dim=192, ch_mult=[1], num_res_blocks=1, attn_layers=[3],
-               down_layers=[], patch=4, linear_skip=True)
+CODECS = {"mel": MelVAE, "oobleck": Oobleck}
+MEL = MelVAE.TRAINING           # defaults of the flags; --codec oobleck takes Oobleck.TRAINING
+FLAGS = {"codec": [
+    flag("--codec", "mel", "mel (second paper) or oobleck (first paper)", choices=list(CODECS)),
+    flag("--config", None, "JSON object, or file with one, that changes the small config"),
+    flag("--checkpoint", None, "folder or hub id of a trained codec to start from"),
+], "your own audio": DATA_FLAGS, "clips": [
+    flag("--seconds", 4.096, "length of a clip of --data", 0.1, 600),
+    flag("--clips", MEL["clips"], "clips kept in memory (oobleck: 512)", 1),
+    flag("--validation_clips", 64, "held-out clips", 1),
+    flag("--degraded", 0.3, "share of spoilt scenes of the world: bad audio stays bad", 0, 1),
+    flag("--crop_seconds", MEL["crop_seconds"], "length of a crop (oobleck: 1)", 0.1, 600),
+], "training": [
+    flag("--train_steps", MEL["train_steps"], "steps (oobleck: 3000)", 1, alias="--steps"),
+    flag("--batch_size", MEL["batch_size"], "crops of a step (oobleck: 4)", 1),
+    flag("--learning_rate", MEL["learning_rate"], "peak rate (oobleck: 3e-3)", 1e-9, 10),
+    flag("--beta1", MEL["beta1"], "beta1 of AdamW (oobleck: 0.8)", 0, 0.99999),
+    flag("--beta2", 0.99, "beta2 of AdamW", 0, 0.99999),
+    flag("--warmup_steps", 50, "steps of linear warm-up, before the cosine", 1),
+    flag("--max_grad_norm", 1.0, "largest gradient norm", 1e-9, 1e6),
+    flag("--kl_weight", MEL["kl_weight"], "weight of the KL term (oobleck: 1e-4)", 0, 1e6),
+    flag("--waveform_weight", 1.0, "weight of Oobleck's waveform L1 (official: 0)", 0, 1e6),
+    flag("--dtype", MEL["dtype"], "precision (oobleck: float32)", choices=["float32", "bfloat16"]),
+], "run": [
+    flag("--out", "runs/vae", "output folder; a run found there is resumed"),
+    flag("--seed", 0, "seed of weights, scenes, batches and noise", 0, 2 ** 63),
+    flag("--max_minutes", 60.0, "minutes of this command, which then goes on", 0, 1e9),
+    flag("--log_every", 50, "steps between validations", 1),
+    flag("--save_every", 100, "steps between saved states", 1), DEVICE]}
+MAY_CHANGE = ("out", "max_minutes", "log_every", "save_every", "device", "debug", "train_steps")
 
-# What differs between the codecs where a flag is not given.
-DEFAULTS = {
-    "mel": dict(config=TOY_MEL, clips=6000, crop_seconds=2.048, steps=1000, batch_size=32, learning_rate=1e-2,
-                beta1=0.9, kl_weight=1e-3, dtype="bfloat16"),
-    "oobleck": dict(config=TOY_OOBLECK, clips=512, dtype="float32", **TOY_OOBLECK_TRAINING),
-}
 
-
-# ----------------------------------------------------------------------------- codecs on disk
+# ------------------------------------------------------------------------- codecs on disk
 
 def make_codec(kind, config, empty=False):
-    """A codec with random weights: kind "mel" (config of MelVAE) or "oobleck" (config of Oobleck).
-
-    `empty`: Oobleck's weights will be loaded and are not drawn.
-    """
-    if kind not in DEFAULTS:
-        raise UserError(f"the codec is called {kind!r}; use mel or oobleck")
-    for name, value in config.items() if kind == "oobleck" else ():
-        values = value if isinstance(OOBLECK_DEFAULTS.get(name), list) else [value]
-        if not isinstance(values, (list, tuple)) or any(type(each) is not int or each < 1 for each in values):
-            raise UserError(f"config.json: {name} of the codec is {value!r}, but must be made of whole numbers from 1")
-    try:
-        if kind == "mel":
-            return MelVAE(**config)
-        return (empty_oobleck if empty else Oobleck)(**{**OOBLECK_DEFAULTS, **config})
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"the config does not describe a codec of kind {kind}: {error}") from None
+    """A codec with random weights (empty: Oobleck's are not drawn). UserError: no such config."""
+    empty = empty and kind == "oobleck"         # the mel codec keeps filters that are no weights
+    with reading(f"the config of a codec {kind}", "it must describe a codec mel or oobleck"):
+        with torch.device("meta" if empty else "cpu"):
+            codec = CODECS[kind](**config)
+    return codec.to_empty(device="cpu") if empty else codec
 
 
 def codec_place(name):
-    """(folder, file name, kind, config) of the codec of a model folder, a hub id, or a VAE in diffusers' layout."""
-    from model import model_folder, read_config, resolve
+    """(folder, file name, kind, config) of the codec of a folder or hub id, ours or diffusers'."""
     folder = model_folder(name, ("config.json", "vae.safetensors", "vae/*"))
-    for place in (folder, folder / "vae"):                          # Stable Audio Open has it in vae/
+    for place in (folder, folder / "vae"):                      # Stable Audio Open has it in vae/
         config = read_config(place) if (place / "config.json").is_file() else {}
         if config.get("_class_name") == "AutoencoderOobleck":
-            return place, "diffusion_pytorch_model.safetensors", "oobleck", {
-                key: config[key] for key in OOBLECK_DEFAULTS if key in config}
-    folder = resolve(folder, "vae")
-    config = read_config(folder).get("vae", {})
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.json: vae is {config!r}, but must be a JSON object")
-    rest = {name: value for name, value in config.items() if name != "codec"}
-    return folder, "vae.safetensors", config.get("codec", "oobleck"), rest
+            config = {key: config[key] for key in OOBLECK_DEFAULTS if key in config}
+            return place, "diffusion_pytorch_model.safetensors", "oobleck", config
+    folder, config = resolve(folder, "vae")
+    with reading(folder / "config.json", "its key vae must describe a codec"):
+        config = dict(config.get("vae", {}))
+    kind = config.pop("codec", "oobleck")                       # official files do not say
+    return folder, "vae.safetensors", kind, config
 
 
 def load_codec(name, device="cpu"):
-    """The codec of a model folder or hub id, for inference. Raises UserError if missing, truncated or misshapen.
-
-    folder/config.json says which: {"vae": {"codec": "mel", ...}}; without that key it is the official
-    Oobleck. A part may live elsewhere: {"references": {"vae": "../base"}}. Weights are in
-    folder/vae.safetensors. Stable Audio Open's own layout (vae/config.json, vae/diffusion_pytorch_model.safetensors)
-    is read, too.
-    """
+    """The codec of a model folder or hub id, for inference. UserError: missing or misshapen."""
     folder, file_name, kind, config = codec_place(name)
     codec = make_codec(kind, config, empty=True)
-    weights = find_weights(folder, file_name)
-    load_weights(codec, weights, optional=("latent_mean", "latent_std"))    # official mel files keep them with the flow
-    return codec.to(device).requires_grad_(False).eval().fold()
+    ours = ("latent_mean", "latent_std")                        # official mel files lack them
+    load_weights(codec, find_weights(folder, file_name), optional=ours)
+    codec.to(device).requires_grad_(False).eval()
+    return quicken_codec(codec.fold())
 
 
-def save_codec(folder, codec, dtype=torch.float16):
-    """Write folder/vae.safetensors and the "vae" key of folder/config.json (other keys stay as they are)."""
-    folder = Path(folder)
-    tensors = {name: tensor.to(dtype) for name, tensor in codec.state_dict().items()}
-    save_tensors(folder / "vae.safetensors", tensors)
-    write_config(folder, codec)
-
-
-def write_config(folder, codec, notes=None):
-    """Set the keys "vae" and, if given, "vae_training" of folder/config.json."""
+def save_codec(folder, codec, dtype=torch.float16, training=None):
+    """Write vae.safetensors and the keys "vae" and, if given, "vae_training" of config.json."""
+    save_module(Path(folder) / "vae.safetensors", codec, dtype)
     path = Path(folder) / "config.json"
-    config = read_json(path) if path.exists() else {}
-    config["vae"] = {"codec": codec_kind(codec), **codec.config}
-    if notes:
-        config["vae_training"] = notes
+    config = read_json(path, dict) if path.exists() else {}
+    config["vae"] = {"codec": codec.kind, **codec.config}
+    if training:
+        config["vae_training"] = training
     write_json(path, config)
 
 
-def codec_kind(codec):
-    """"mel" or "oobleck"."""
-    return "mel" if hasattr(codec, "encode_mel") else "oobleck"
+# ------------------------------------------------------------------------- examples
+
+def world_clips(codec, world):
+    """Yield the scenes of a World, without an end, as audio (channels, samples)."""
+    for index in count():
+        audio, _ = world.render(index)
+        audio = resample(torch.as_tensor(audio)[None], SAMPLE_RATE, codec.sampling_rate)
+        yield audio.expand(codec.audio_channels, -1)                # (channels, samples)
 
 
-# ----------------------------------------------------------------------------- data
-
-def clip_sources(args, codec):
-    """Training and held-out clips of the world or a manifest: two lists of () -> audio (channels, samples).
-
-    With --overfit nothing is held out: the second list is empty, and training and validation share the first.
-    """
-    if args.data is None:
-        from world import SAMPLE_RATE, World
-
-        def render(world, index):
-            audio = torch.as_tensor(world.render(index)[0])[None]                   # (1, samples)
-            return resample(audio, SAMPLE_RATE, codec.sampling_rate).expand(codec.audio_channels, -1)
-        train, held_out = (World(split, args.seed, degraded=args.degraded) for split in ("train", "val"))
-        count, held_count = (args.overfit, 0) if args.overfit else (args.clips, args.validation_clips)
-        return ([lambda i=i: render(train, i) for i in range(count)],
-                [lambda i=i: render(held_out, i) for i in range(held_count)])
-
-    def read(row):
-        samples = round(args.seconds * codec.sampling_rate)
-        return data.load_clip(row, codec.sampling_rate, codec.audio_channels, samples, args.crop)[0]
-    rows = list({row["audio"]: row for row in data.manifest_rows(args)}.values())   # some have two captions
-    order = torch.randperm(len(rows), generator=generator(args.seed, "clips")).tolist()
-    rows = [rows[i] for i in order]                 # a manifest may be sorted: take its clips at random
-    if args.overfit:
-        sides = overfit_rows(rows, args), []
-    elif len(rows) < 2:
-        raise UserError(f"{args.data} has a single usable sound file; training needs two, one to hold out")
-    else:
-        train, held_out = data.split_rows(rows, 0.05, args.seed)
-        sides = train[:args.clips], held_out[:args.validation_clips]
-    return tuple([lambda row=row: read(row) for row in side] for side in sides)
+def file_clips(codec, rows, seconds, crop):
+    """Yield the sound of a manifest's rows as audio (channels, samples)."""
+    samples = round(seconds * codec.sampling_rate)
+    for row in rows:
+        yield load_clip(row, codec.sampling_rate, codec.audio_channels, samples, crop)[0]
 
 
-def overfit_rows(rows, args):
-    """The first --overfit rows with --seconds of sound or more: none is filled up with silence."""
-    def seconds(row):
-        return min(probe_audio(row["audio"]), row["duration"] or math.inf)
-    chosen = list(itertools.islice((row for row in rows if seconds(row) >= args.seconds), args.overfit))
-    if len(chosen) < args.overfit:
-        raise UserError(f"{args.data} has {len(chosen)} clips of {args.seconds:g} s or more; use a smaller "
-                        f"--overfit than {args.overfit}, or fewer --seconds")
-    for row in chosen:
-        print(f"to be learned by heart: {Path(row['audio']).name}, {row['caption']}")
-    return chosen
+@torch.inference_mode()
+def encode_pairs(codec, config, pairs):
+    """Rows of data.read_pairs -> rows, {"winner_mean", "winner_std", "loser_...": (P, L, C)}."""
+    samples = round(config["max_duration"] * codec.sampling_rate)
+    parts = defaultdict(list)
+    rows = []
+    for row in tqdm(pairs, "encoding", unit="pair"):
+        for which in ("loser", "winner"):       # where no length is given, the winner's
+            clip = {"audio": row[which], "duration": row["duration"]}
+            audio, seconds = load_clip(clip, codec.sampling_rate, codec.audio_channels, samples,
+                                       "start")
+            posterior = codec.encode(audio[None].to(codec.latent_std.device))   # two of (1, L, C)
+            for name, part in zip(("mean", "std"), posterior):
+                parts[f"{which}_{name}"].append(part[:, :config["audio_seq_len"]].cpu())
+        rows.append({**row, "duration": seconds})
+    return rows, {name: torch.cat(each) for name, each in parts.items()}
 
 
-def gather(codec, clips, what):
-    """What the codec trains on, in memory: log-mels (N, M, F) float16, or audio (N, channels, samples).
-
-    Rendering a scene costs as much as a training step on it, and a log-mel takes 40 kB: all are kept.
-    """
-    examples = []
-    for clip in tqdm(clips, desc=what, unit="clip", disable=len(clips) < 100):
-        audio = clip()                                                              # (channels, samples)
-        missing = -audio.shape[-1] % codec.hop
-        audio = torch.nn.functional.pad(audio, (0, missing))
-        if codec_kind(codec) == "mel":
-            audio = codec.mel(audio.mean(0, keepdim=True).to(codec.latent_mean.device))[0].half().cpu()
-        examples.append(audio)
-    return torch.stack(examples)
+def split_clips(rows, seed):
+    """(training rows, held-out rows): each sound once, shuffled: a manifest may be sorted."""
+    rows = list({row["audio"]: row for row in rows}.values())   # some have two captions
+    if len(rows) < 2:
+        raise UserError("training needs two usable sound files, one of them to hold out")
+    order = torch.randperm(len(rows), generator=generator(seed, "clips")).tolist()
+    return split_rows([rows[i] for i in order], 0.05, seed)
 
 
-def draw_batch(examples, size, length, multiple, *seed):
-    """Random crops (size, rows, length) of examples (N, rows, T); batch i of a run depends on its seed alone.
+def load_examples(codec, clips, most):
+    """The first clips' examples (N, R, T) in memory: rendering takes as long as a training step."""
+    clips = tqdm(islice(clips, most), "clips", unit="clip", delay=2)
+    return torch.stack([codec.example(audio) for audio in clips])
 
-    Starts are multiples of `multiple`; examples shorter than `length` are used whole.
-    """
-    random = generator(*seed)
+
+def draw_batch(examples, size, length, multiple, random):
+    """Crops (size, R, length or less) of examples (N, R, T), from multiples of `multiple` on."""
     length = min(length, examples.shape[-1])
+    places = (examples.shape[-1] - length) // multiple + 1
     index = torch.randint(len(examples), (size,), generator=random)
-    start = torch.randint((examples.shape[-1] - length) // multiple + 1, (size,), generator=random) * multiple
-    return torch.stack([examples[i, :, s:s + length] for i, s in zip(index.tolist(), start.tolist())]).float()
+    start = torch.randint(places, (size,), generator=random) * multiple
+    crops = [examples[i, :, s:s + length] for i, s in zip(index, start)]
+    return torch.stack(crops).float()
 
 
-# ----------------------------------------------------------------------------- the algorithm
+# ------------------------------------------------------------------------- the algorithm
 
-def loss_and_parts(codec, batch, random, weights):
-    """Weighted loss of a batch and its parts as floats: L1 on log-mels + KL, or STFT + waveform + KL."""
-    losses = mel_losses if codec_kind(codec) == "mel" else oobleck_losses
-    parts = losses(codec, batch, random)
-    loss = sum(weights.get(name, 1.0) * value for name, value in parts.items())
-    return loss, {name: value.item() for name, value in parts.items()}
+def weighted_loss(codec, batch, random, weights):
+    """Loss of a batch (B, R, T) and its parts: L1 of log-mels + KL, or STFT + waveform + KL."""
+    parts = codec.losses(batch, random)
+    return sum(weights.get(name, 1.0) * part for name, part in parts.items()), parts
 
 
 @torch.no_grad()
-def validate(codec, examples, length, weights):
-    """Loss, and log-mel error in dB (vocoder.log_mel_error), on the first `length` columns of all examples.
-
-    The loss is training's, with noise that is the same each time: what changes between two validations is the
-    codec. The error is that of the posterior mean, decoded: without Griffin-Lim for the mel codec; from the
-    waveform, under a front end for its rate, for the other.
-    """
+def validate(codec, examples, weights):
+    """Training's loss, with the same noise each time, and the error in dB of the decoded means."""
     codec.eval()
-    losses, errors = 0.0, []
-    for number, batch in enumerate(examples[..., :length].float().split(8)):
-        batch = batch.to(codec.latent_mean.device)
-        loss, _ = loss_and_parts(codec, batch, generator("validation", number), weights)
-        losses += loss.item() * len(batch)
-        if codec_kind(codec) == "mel":
-            mel, reference, ours = codec.mel, batch, codec.decode_mel(codec.encode_mel(batch)[0])
-        else:
-            mel = LogMel(**(MEL_16K if codec.sampling_rate < 32000 else MEL_44K)).to(batch.device)
-            ours = codec.decode(codec.encode(batch)[0])
-            reference, ours = mel(batch[..., :ours.shape[-1]].flatten(0, 1)), mel(ours.flatten(0, 1))
-        errors.append(log_mel_error(reference, ours, mel.natural))
+    total = 0.0
+    errors = []
+    for number, batch in enumerate(examples.float().split(8)):
+        batch = batch.to(codec.latent_mean.device)                              # (B, R, T)
+        loss, _ = weighted_loss(codec, batch, generator("validation", number), weights)
+        total += loss.item() * len(batch)
+        errors.append(codec.error_db(batch))                                    # (B,)
     codec.train()
-    return {"validation_loss": losses / len(examples), "validation_db": torch.cat(errors).mean().item()}
+    error = torch.cat(errors).mean().item()
+    return {"validation_loss": total / len(examples), "validation_db": error}
 
 
-@torch.no_grad()
-def measure_latents(codec, examples, limit=2000):
-    """Set the codec's latent_mean and latent_std (C,) from posterior samples of training examples.
-
-    With a linear skip the principal components have equal variance, though the first moves the log-mel a hundred times
-    as much as the last. The flow's loss should not spend itself on the last: a normalised channel keeps a standard
-    deviation in proportion to the square root of its reach (mean square 1). A choice, not yet a finding: one run each
-    and 128 prompts gave event F1 0.456, 5 exact scenes after 2200 steps so, 0.455 and 1 after 4000 with equal channels.
-    """
-    codec.eval()
-    means, variances = [], []
-    for batch in examples[:limit].split(64):
-        mean, std = codec.encode_mel(batch.float().to(codec.latent_mean.device))    # (B, L, C)
-        means.append(mean.flatten(0, 1))
-        variances.append(std.square().flatten(0, 1))
-    means, variances = torch.cat(means), torch.cat(variances)
-    codec.latent_mean.copy_(means.mean(0))
-    std = (means.var(0) + variances.mean(0)).sqrt()
-    if codec.linear_skip:
-        share = codec.skip_decoder.norm(dim=1).sqrt()                               # (C,)
-        std = std / (share / share.square().mean().sqrt())
-    codec.latent_std.copy_(std)
-
-
-# ----------------------------------------------------------------------------- training
-
-def train(args):
-    """Train the codec that the flags describe (see `flags`); returns it and the steps done."""
-    began, device = time.monotonic(), choose_device(args.device)
-    if args.checkpoint:
-        codec = load_codec(args.checkpoint)
-        args.codec = codec_kind(codec)
-    fill_defaults(args)
-    if args.checkpoint:
-        args.config = codec.config
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            codec = make_codec(args.codec, args.config)
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out", "max_minutes", "log_every", "save_every", "device")}
-    codec = codec.to(device).requires_grad_(True).train()
-    betas = args.beta1, args.beta2
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=args.learning_rate, betas=betas, weight_decay=0.0)
-    size, frame = sum(p.numel() for p in codec.parameters()) / 1e6, 1000 * codec.hop / codec.sampling_rate
-    print(f"{args.codec} codec, {size:.2f} M parameters; a latent frame is {frame:.0f} ms and "
-          f"{codec.latent_channels} channels")
-    named = codec.state_dict()                      # parameters and buffers: the codec's own memory
-    step, earlier = load_state(args.out, named, optimizer, {}, settings, "vae.safetensors")
-    write_config(args.out, codec, settings)         # before an hour of work: the folder may not be writable
-    trim_log(args.out, step or -1)                  # a new run writes its own row of step 0
-    if step:
-        print(f"going on in {args.out} after step {step} of {args.steps}")
-
-    train_clips, held_out_clips = clip_sources(args, codec)
-    examples = gather(codec, train_clips, "training clips")             # (N, M, F) or (N, channels, T)
-    held_out = examples if args.overfit else gather(codec, held_out_clips, "held-out clips")
-    unit = codec.frames_per_latent if args.codec == "mel" else codec.hop
-    frames = math.ceil(round(args.crop_seconds * codec.sampling_rate) / codec.hop)
-    length = frames * unit                          # columns of a training crop
-    if args.codec == "mel" and not args.checkpoint and step == 0:
-        codec.data_mean.copy_(examples.float().mean((0, 2))[None, :, None])
-        codec.data_std.copy_(examples.float().std((0, 2)).clamp(min=0.1)[None, :, None])
-        if codec.linear_skip:
-            codec.start_linear(examples)
+def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
+    """Steps `step` to the last, or until time is over; `minutes`: spent before -> steps done."""
+    device = codec.latent_mean.device
+    autocast = autocast_for(args.dtype, device)
     weights = {"kl": args.kl_weight, "waveform": args.waveform_weight}
-    bar, late = tqdm(total=args.steps, initial=step, desc="training", unit="step"), False
-
-    def log(row):
-        row = {**row, **validate(codec, held_out, length, weights), "minutes": minutes_done()}
-        append_jsonl(args.out / "log.jsonl", row)
-        bar.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-
-    def minutes_done():
-        return earlier + (time.monotonic() - began) / 60
-
+    frames = math.ceil(round(args.crop_seconds * codec.sampling_rate) / codec.hop)
+    length = frames * codec.columns                                             # of a crop
+    held_out = held_out[..., :length]
+    log = Path(args.out) / "log.jsonl"
+    stop_at = minutes + args.max_minutes
+    began = time.monotonic() - 60 * minutes                     # the clock of the whole run
+    steps = args.train_steps
     if step == 0:
-        log({"step": 0})                            # before any training
-    while step < args.steps and not late:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_decay(step, args.learning_rate, args.warmup_steps, args.steps)
-        batch = draw_batch(examples, args.batch_size, length, unit, args.seed, "batch", step).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss, parts = loss_and_parts(codec, batch, generator(args.seed, "noise", step), weights)
+        append_jsonl(log, {"step": 0, **validate(codec, held_out, weights), "minutes": minutes})
+    last = step == steps
+    while not last:
+        # rate (linear warm-up, then half a cosine) and batch
+        rate = learning_rate(step, args.learning_rate, args.warmup_steps, steps, "cosine")
+        set_rate(optimizer, rate)
+        random = generator(args.seed, "batch", step)
+        batch = draw_batch(examples, args.batch_size, length, codec.columns, random)
+
+        # forward, backward, clip, step
+        with autocast():
+            noise = generator(args.seed, "noise", step)
+            loss, parts = weighted_loss(codec, batch.to(device), noise, weights)
         if not math.isfinite(loss.item()):
-            raise UserError(f"step {step}: the loss is {loss.item()}; lower --learning_rate or try --dtype float32")
-        optimizer.zero_grad(set_to_none=True)
+            raise UserError(f"step {step}: the loss is {loss.item()}; lower --learning_rate")
+        optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), args.max_grad_norm)
         optimizer.step()
         step += 1
-        bar.update()
-        late = minutes_done() - earlier >= args.max_minutes
-        last = late or step == args.steps
+
+        # log and save
+        minutes = (time.monotonic() - began) / 60
+        last = minutes >= stop_at or step == steps
         if last or step % args.log_every == 0:
-            log({"step": step, "loss": loss.item(), **parts, "grad_norm": norm.item(), "lr": group["lr"]})
+            losses = {"loss": loss, **parts, "grad_norm": norm}
+            losses = {name: value.item() for name, value in losses.items()}
+            row = {"step": step, **losses, "lr": rate, **validate(codec, held_out, weights)}
+            append_jsonl(log, {**row, "minutes": minutes})
+            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         if last or step % args.save_every == 0:
-            save_state(args.out, named, optimizer, {}, step, settings, minutes_done())
-    bar.close()
-    if args.codec == "mel":
-        measure_latents(codec, examples)
-    return codec, step
-
-
-def draw_losses(out, clips):
-    """out/vae_loss.png: training loss and its parts, and log-mel error. False without matplotlib."""
-    names = ("loss", "mel", "stft", "waveform", "kl")
-    losses = {name: lambda row, name=name: row.get(name) for name in names}
-    losses[f"loss, {clips} clips, fixed noise"] = lambda row: row.get("validation_loss")
-    error = {"posterior mean, decoded": lambda row: row.get("validation_db")}
-    return draw_log(out, [("training loss", "log", losses),
-                          (f"log-mel error of {clips} clips (dB)", "linear", error)], "vae_loss.png")
-
-
-# ----------------------------------------------------------------------------- flags
-
-def flags():
-    """The parser of this script; None stands for a default of the codec's own (see `fill_defaults`)."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    group = parser.add_argument_group("codec")
-    group.add_argument("--codec", choices=list(DEFAULTS), default="mel",
-                       help="mel: 1D mel VAE + Griffin-Lim (second paper's layout, small); oobleck: waveform "
-                            "VAE of the first paper (frozen there, from Stable Audio Open); default mel")
-    group.add_argument("--config", metavar="JSON",
-                       help="JSON object, or a file with one, that overrides parts of the small default "
-                            "config; the second paper's is data_dim 80, embed_dim 20, hidden_dim 384, "
-                            "ch_mult [1, 2, 4], num_res_blocks 2, down_layers [0]")
-    group.add_argument("--checkpoint", metavar="FOLDER",
-                       help="a trained codec to start from; default none: from scratch")
-    data.add_data_flags(parser)
-    group = parser.add_argument_group("clips")
-    group.add_argument("--seconds", type=float, default=4.096,
-                       help="length of a clip of --data; default 4.096")
-    group.add_argument("--clips", type=int,
-                       help="clips kept in memory (of --data, at random); default 6000 (mel), 512 (oobleck)")
-    group.add_argument("--overfit", type=int, metavar="CLIPS",
-                       help="learn so many clips by heart, to see whether training works at all: they are "
-                            "the training AND the validation clips; of --data none shorter than --seconds; "
-                            "default off")
-    group.add_argument("--validation_clips", type=int, default=64, help="held-out clips; default 64")
-    group.add_argument("--degraded", type=float, default=0.3,
-                       help="share of the world's scenes with a known degradation, so that the codec keeps "
-                            "bad audio bad; default 0.3")
-    group.add_argument("--crop_seconds", type=float,
-                       help="length of a training crop; default 2.048 (mel), 1.0 (oobleck)")
-    group = parser.add_argument_group("training (neither paper trains its codec)")
-    group.add_argument("--steps", type=int, help="optimizer steps; default 1000 (mel), 3000 (oobleck)")
-    group.add_argument("--max_minutes", type=float, default=60.0,
-                       help="stop after these minutes of this command, saved; the same command goes on; "
-                            "default 60")
-    group.add_argument("--batch_size", type=int, help="crops per step; default 32 (mel), 4 (oobleck)")
-    group.add_argument("--learning_rate", type=float,
-                       help="peak learning rate of AdamW; default 1e-2 (mel: its raw weights have unit "
-                            "variance), 3e-3 (oobleck)")
-    group.add_argument("--beta1", type=float, help="of AdamW; default 0.9 (mel), 0.8 (oobleck)")
-    group.add_argument("--beta2", type=float, default=0.99, help="of AdamW; default 0.99")
-    group.add_argument("--warmup_steps", type=int, default=50,
-                       help="linear warm-up, then cosine decay to 0 at --steps; default 50")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradient clipping; default 1.0")
-    group.add_argument("--kl_weight", type=float,
-                       help="weight of the KL term; default 1e-3 (mel), 1e-4 (oobleck)")
-    group.add_argument("--waveform_weight", type=float, default=LOSS_WEIGHTS["waveform"],
-                       help="weight of the waveform L1 (oobleck); default 1.0")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"),
-                       help="bfloat16 is autocast; default bfloat16 (mel), float32 (oobleck)")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, default=Path("runs/vae"),
-                       help="output folder; a run found there is resumed; default runs/vae")
-    group.add_argument("--seed", type=int, default=0, help="weights, scenes, batches and noise; default 0")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps; default auto")
-    group.add_argument("--log_every", type=int, default=50, help="steps between validations; default 50")
-    group.add_argument("--save_every", type=int, default=100, help="steps between saved states; default 100")
-    return parser
-
-
-def fill_defaults(args):
-    """Put the codec's own defaults where no flag was given, and check the ranges."""
-    for name, value in DEFAULTS[args.codec].items():
-        if name != "config" and getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.config is None:
-        args.config = {}
-    elif isinstance(args.config, str):
-        try:
-            is_json = args.config.lstrip().startswith("{")
-            args.config = dict(json.loads(args.config if is_json else Path(args.config).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"--config is neither a JSON object nor a file with one: {error}") from None
-    if args.checkpoint and args.config:
-        raise UserError("--config describes a codec from scratch; leave it out with --checkpoint")
-    args.config = {**DEFAULTS[args.codec]["config"], **args.config}
-    for name in ("steps", "clips", "batch_size", "validation_clips", "log_every", "save_every",
-                 "warmup_steps"):
-        in_range(f"--{name}", getattr(args, name), 1, 1e9)
-    for name in ("learning_rate", "max_grad_norm"):
-        in_range(f"--{name}", getattr(args, name), 1e-9, 1e6)
-    for name in ("crop_seconds", "seconds"):
-        in_range(f"--{name}", getattr(args, name), 0.1, 600)    # below a tenth the mel front end has no frame
-    for name in ("max_minutes", "kl_weight", "waveform_weight"):
-        in_range(f"--{name}", getattr(args, name), 0, 1e6)
-    for name in ("beta1", "beta2"):
-        in_range(f"--{name}", getattr(args, name), 0, 0.99999)
-    data.check_data_flags(args, flags(), world=("degraded",))
-    in_range("--degraded", args.degraded, 0, 1)
-    in_range("--seed", args.seed, 0, 2 ** 63)
-    if args.overfit is not None:
-        in_range("--overfit", args.overfit, 1, 1e6)
+            save_state(args.out, codec.state_dict(), optimizer, {}, step, settings, minutes)
+    return step
 
 
 def main():
-    args = parse_arguments(flags())
-    codec, step = train(args)
-    save_codec(args.out, codec)
-    clips = "training" if args.overfit else "held-out"
-    picture = draw_losses(args.out, clips)
-    print(f"wrote {args.out}/vae.safetensors, config.json, state.pt, log.jsonl{', vae_loss.png' * picture}")
-    first, *_, last = read_jsonl(args.out / "log.jsonl")
-    ratio = last["validation_loss"] / first["validation_loss"]
-    print(f"{clips} clips, fixed noise, steps 0 to {step}, {last['minutes']:.1f} minutes: "
-          f"loss {first['validation_loss']:.3f} to {last['validation_loss']:.3f} (x {ratio:.2f}), "
-          f"log-mel error {first['validation_db']:.1f} to {last['validation_db']:.1f} dB")
-    if step < args.steps:
-        print(f"stopped at step {step} of {args.steps} by --max_minutes; the same command goes on")
-    elif args.overfit:
-        print("next: the same without --overfit, into another --out, trains a codec for use")
+    args = parse_flags(__doc__, FLAGS)
+    codec = load_codec(args.checkpoint) if args.checkpoint else None
+    kind = codec.kind if codec else args.codec
+    args = parse_flags(__doc__, FLAGS, defaults=CODECS[kind].TRAINING)
+    args.codec = kind
+
+    # the codec
+    if codec:
+        args.config = codec.config
     else:
-        print(f"next: python train_fm.py --codec {args.out}")
+        text = args.config or "{}"
+        with reading("--config", "write a JSON object, or name a file with one"):
+            text = text if text[0] == "{" else Path(text).read_text()
+            args.config = {**CODECS[kind].TOY, **json.loads(text)}
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            codec = make_codec(kind, args.config)
+    codec.to(choose_device(args.device)).requires_grad_(True).train()
+    print(f"{kind} codec, {sum(p.numel() for p in codec.parameters()):,} parameters")
+
+    # resume
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings["steps"] = args.train_steps                # its name in state.pt
+    betas = args.beta1, args.beta2
+    optimizer = torch.optim.AdamW(codec.parameters(), betas=betas, weight_decay=0)
+    step, minutes = load_state(args.out, codec.state_dict(), optimizer, {}, settings,
+                               "vae.safetensors")
+    trim_log(args.out, step or -1)                      # a new run writes its row of step 0
+
+    # examples
+    if args.data:
+        sides = split_clips(read_rows(args), args.seed)
+        clips = [file_clips(codec, rows, args.seconds, args.crop) for rows in sides]
+    else:
+        worlds = [World(split, args.seed, degraded=args.degraded) for split in ("train", "val")]
+        clips = [world_clips(codec, world) for world in worlds]
+    examples = load_examples(codec, clips[0], args.clips)                       # (N, R, T)
+    held_out = load_examples(codec, clips[1], args.validation_clips)
+    if step == 0 and not args.checkpoint:
+        codec.start(examples)
+
+    # train, measure the latents, save
+    step = train(args, codec, optimizer, examples, held_out, settings, step, minutes)
+    codec.finish(examples)
+    save_codec(args.out, codec, training=settings)
+    panels = [("loss", "log", {"training": "loss", "held-out clips": "validation_loss"}),
+              ("log-mel error, dB", "linear", {"held-out clips": "validation_db"})]
+    draw_log(args.out, panels, "vae_loss.png")
+    print(f"wrote {args.out} after step {step} of {args.train_steps}; the same command goes on")
+    print(f"next: python train_fm.py --codec {args.out}")
 
 
 if __name__ == "__main__":

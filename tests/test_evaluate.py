@@ -1,250 +1,189 @@
-"""Metrics on readings made by hand, and each table of evaluate.py at a very small size."""
+"""Distances against the original tools, intervals, tables, and the command on any set of clips."""
 import json
 import math
-from dataclasses import replace
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from test_sample import make_folder
 
 import evaluate
-import melvae
-import metrics
-import vocoder
-from conftest import PICTURES
-from tagger import FILES, Heard, Reading, Tagger, save_tagger
-from world import COUNTABLE, EVENT_NAMES, SAMPLE_RATE, Scene, SceneEvent, World
+import lib.mel
+from conftest import PARITY, refused, small_judges
+from experiments import toy
+from golden.make_golden import TINY, TINY_MEL
+from lib.audio import write_wav
+from lib.common import read_jsonl, write_jsonl
+from lib.text import make_text_encoder
+from model import TangoFlux, save_model
+from sample import Sampling
+from vae import make_codec
+from world.ears import COLUMNS, scores
+from world.scenes import World
+from world.sounds import SAMPLE_RATE
 
 
-def scene(relation, **counts):
-    """A truth that asks for the named events in order; value None: no count is asked."""
-    return Scene(0, "", relation, [SceneEvent(name, 0, 0, count) for name, count in counts.items()], 3.0)
+@pytest.fixture(autouse=True, scope="module")
+def quick_vocoder():
+    """Two rounds of the vocoder: these tests look at the plumbing, not at the sound."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (lib.mel, toy):
+            monkeypatch.setattr(module, "griffin_lim", partial(lib.mel.griffin_lim, iterations=2, mel_steps=2))
+        yield
 
 
-def reading(**events):
-    """reading(rain=(0, 1)) or reading(beep=(0, 1, 3)): onset, offset, count."""
-    return Reading({name: Heard(span[0], span[1], 0.9, span[2] if len(span) > 2 else None)
-                    for name, span in events.items()})
+def test_frechet_distance_matches_the_original(parity):
+    fixed, arrays = parity("metrics").info["frechet_distance"], np.load(PARITY / "metrics.npz")
+    x, y = arrays["feat_x"], arrays["feat_y"]
+    assert evaluate.frechet_distance(x, y) == pytest.approx(fixed["feat_x_vs_feat_y"]["float64"], rel=1e-6)
+    few = fixed["first 8 rows of feat_x vs first 10 rows of feat_y (rank deficient)"]
+    assert evaluate.frechet_distance(x[:8], y[:10]) == pytest.approx(few["stable_audio_metrics"], rel=1e-3)
+    assert evaluate.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert evaluate.frechet_distance(x, x + 3) == pytest.approx(9 * x.shape[1], rel=1e-5)    # only the mean moves
 
 
-def scored(heard, truth):
-    return metrics.scores(metrics.tally_all([heard], [truth]))
+def test_kl_divergence_matches_the_original(parity):
+    fixed, arrays = parity("metrics").info["kl_passt"], np.load(PARITY / "metrics.npz")
+    windows = arrays["window_logits_generated"], arrays["window_logits_reference"]
+    for pool, name in ((np.mean, "mean_over_windows"), (np.max, "max_over_windows")):
+        ours = evaluate.kl_divergence(*(pool(one, axis=1) for one in windows))
+        assert ours == pytest.approx(fixed[name]["per_item"], rel=1e-4)
+        assert ours.mean() == pytest.approx(fixed[name]["mean_over_items"], rel=1e-4)
 
 
-# ----------------------------------------------------------------------------- metrics
-
-THEN = scene("then", violin=None, rain=None)
-AND = scene("and", violin=None, rain=None)
-BEEPS = scene("single", beep=3)
-
-
-@pytest.mark.parametrize("heard, truth, f1, exact", [
-    (reading(violin=(0, 1), rain=(1, 2)), THEN, 1, 1),
-    (reading(rain=(0, 1), violin=(1, 2)), THEN, 1, 0),               # the wrong order
-    (reading(violin=(0, 2), rain=(0.5, 2)), THEN, 1, 0),             # not after each other but together
-    (reading(violin=(0, 2), rain=(0, 2)), AND, 1, 1),
-    (reading(violin=(0, 1), rain=(1, 2)), AND, 1, 0),                # not together
-    (reading(violin=(0, 1)), THEN, 2 / 3, 0),                        # a missing event
-    (reading(violin=(0, 1), rain=(1, 2), wind=(0, 2)), THEN, 0.8, 0),  # one too many
-    (reading(), THEN, 0, 0),
-    (reading(beep=(0, 1, 3)), BEEPS, 1, 1),
-    (reading(beep=(0, 1, 2)), BEEPS, 1, 0),                          # miscounted
-    (reading(beep=(0, 1, 5)), scene("single", beep=None), 1, 1),     # nobody asked for a count
-])
-def test_one_clip(heard, truth, f1, exact):
-    result = scored(heard, truth)
-    assert result["f1"] == pytest.approx(f1)
-    assert result["exact"] == exact
+def arrays(rng, number, gain):
+    tally = np.ones((number, len(COLUMNS)), dtype=np.int64)
+    right = [COLUMNS.index(name) for name in ("order_right", "counts_right", "exact")]
+    tally[:, right] = rng.random((number, 1)) < 0.5 + gain
+    return {"reward": rng.random(number) + gain, "judge": rng.random(number) + gain, "tally": tally,
+            "features": rng.standard_normal((number, 4)) * (2 - gain), "logits": rng.standard_normal((number, 5))}
 
 
-def test_order_is_over_all_ordered_prompts():
-    """A missing event is wrong, and prompts without an order do not count."""
-    rows = metrics.tally_all([reading(violin=(0, 1), rain=(1, 2)), reading(violin=(0, 1)),
-                              reading(violin=(0, 1), rain=(0, 1)),
-                              reading(rain=(0, 1), violin=(1, 2))], [THEN, THEN, AND, THEN])
-    assert metrics.scores(rows)["order"] == pytest.approx(1 / 3)
-    assert math.isnan(scored(reading(), AND)["order"])
+def test_gains_have_the_right_sign_and_pool_seeds():
+    rng = np.random.default_rng(1)
+    base, real = arrays(rng, 300, 0.0), arrays(rng, 300, 0.4)
+    real["features"] = rng.standard_normal((300, 4))
+    better = [arrays(rng, 300, 0.4) for _ in range(3)]
+    changes = evaluate.gains(better, base, real, draws=200)
+    for name in ("reward", "judge", "order", "exact"):
+        value, low, high = changes[name]
+        assert low > 0 and low < value < high and 0.3 < value < 0.5, name
+    ratio, low, high = changes["frechet"]
+    assert low < ratio < high < 1                            # nearer to the real scenes
+    values = evaluate.summary(base, real)
+    assert len(evaluate.cells(values)) == len(evaluate.HEADS) and values["exact"] == scores(base["tally"])["exact"]
+    texts, numbers = evaluate.compare({"real": real, "base": base, "a": better[0], "b": better[1]}, "base", 20, 0,
+                                      ("a", "b"))
+    assert "all 2 pooled" in texts[2] and numbers["a against base"]["reward"][0] == pytest.approx(0.4, abs=0.1)
 
 
-def test_three_in_order():
-    truth = scene("then", violin=None, rain=None, wind=None)
-    assert scored(reading(violin=(0, 1), rain=(1, 2), wind=(2, 3)), truth)["exact"] == 1
-    assert scored(reading(violin=(0, 1), wind=(1, 2), rain=(2, 3)), truth)["order"] == 0
+def test_numbers_tables_and_the_listening_page(tmp_path):
+    assert evaluate.number(-0.0001, 3) == "0.000" and evaluate.number(-0.0001, 3, "+") == "+0.000"
+    assert evaluate.number(-0.5, 2) == "-0.50" and evaluate.number(math.nan, 3) == "-"
+    heads = [f"head {i}" for i in range(12)]
+    text = evaluate.tables(heads, [["x" * 18] * 12, [1] * 12])
+    parts = text.split("\n\n")
+    assert len(parts) > 1 and max(map(len, text.split("\n"))) <= 100
+    assert all(part.startswith("| head 0 ") for part in parts)
+    assert all(text.count(head + " ") == 1 for head in heads[1:])
+    columns = {"base": [tmp_path / "a" / "0.wav", tmp_path / "a" / "1.wav"], "<b>": [tmp_path / "2.wav"] * 2}
+    evaluate.listening_page(tmp_path, columns, ["rain & wind", "a bell"])
+    page = (tmp_path / "listen.html").read_text()
+    assert page.count("<audio") == 4 and 'src="a/1.wav"' in page
+    assert "rain &amp; wind" in page and "&lt;b&gt;" in page and str(tmp_path) not in page
 
-
-def test_count_is_over_all_asked_counts():
-    rows = metrics.tally_all([reading(beep=(0, 1, 3)), reading(beep=(0, 1, 2)), reading()], [BEEPS] * 3)
-    assert metrics.scores(rows)["count"] == pytest.approx(1 / 3)
-
-
-def test_event_f1_is_micro():
-    """Two events right in one clip and none in another: sums over clips, not the mean of clips."""
-    rows = metrics.tally_all([reading(violin=(0, 1), rain=(1, 2)), reading(wind=(0, 1))], [THEN, BEEPS])
-    result = metrics.scores(rows)
-    assert result["precision"] == result["recall"] == result["f1"] == pytest.approx(2 / 3)
-
-
-def test_scores_of_stacked_rows_equal_single_ones():
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, 3, (4, 10, len(metrics.COLUMNS))) + 1
-    together = metrics.scores(rows)
-    assert all(together[name][2] == pytest.approx(value) for name, value in metrics.scores(rows[2]).items())
-
-
-def test_bootstrap_covers_and_is_seeded():
-    rng = np.random.default_rng(0)
-    heard = [reading(beep=(0, 1, 3 if right else 2)) for right in rng.random(200) < 0.7]
-    rows = metrics.tally_all(heard, [BEEPS] * 200)
-    low, high = metrics.bootstrap(rows, draws=300)["exact"]
-    value = metrics.scores(rows)["exact"]
-    assert low < value < high
-    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(value * (1 - value) / 200), rel=0.25)
-    assert metrics.bootstrap(rows, draws=50, seed=1)["f1"] == metrics.bootstrap(rows, draws=50, seed=1)["f1"]
-    repeated = np.stack([rows] * 3, axis=1)  # the same sample three times says nothing new
-    assert metrics.bootstrap(repeated, draws=300)["exact"] == pytest.approx((low, high))
-
-
-def test_match_prefers_the_better_reading():
-    order = [reading(), reading(violin=(0, 1)), reading(rain=(0, 1), violin=(1, 2)),
-             reading(violin=(0, 1), rain=(1, 2))]
-    values = [metrics.match(heard, THEN) for heard in order]
-    assert values == sorted(values) and len(set(values)) == 4
-
-
-@pytest.mark.parametrize("number", [2, 3, 50])
-def test_derangement(number):
-    partner = metrics.derangement(number, 0)
-    assert sorted(partner) == list(range(number)) and all(partner != np.arange(number))
-
-
-def test_sounding_length():
-    clip = np.zeros(65536)
-    assert metrics.sounding_length(clip, SAMPLE_RATE) == 0
-    clip[1600:32000] = 0.5
-    clip[40000] = 1e-3  # a click over 60 dB below
-    assert metrics.sounding_length(clip, SAMPLE_RATE) == pytest.approx(2.0)
-    clip[48000:48320] = 0.02  # 28 dB below the loudest frame
-    assert metrics.sounding_length(clip, SAMPLE_RATE) == pytest.approx(3.02)
-    assert metrics.sounding_length(clip, SAMPLE_RATE, -20) == pytest.approx(2.0)
-
-
-def test_spearman_equals_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 6, (2, 40))
-    assert metrics.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
-    assert metrics.spearman(a, np.exp(a / 3)) == pytest.approx(1)
-    assert math.isnan(metrics.spearman(a, np.zeros(40)))
-
-
-def test_ridge_recovers_a_line():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(200, 3)) * [1, 10, 0.1] + [0, 5, 1]
-    targets = features @ [0.5, -0.2, 3.0] + 1
-    assert np.allclose(metrics.fit_ridge(features, targets, 1e-9)(features[:5]), targets[:5], atol=1e-5)
-
-
-def test_world_scenes_read_perfectly_score_one():
-    """The truth of the world, taken as a reading, is exact: the metrics and the world speak of the same
-    things.
-    """
-    truths = [World("test", pairs="all").scene(index) for index in range(60)]
-    heard = [Reading({e.name: Heard(e.onset, e.offset, 1.0, e.count) for e in truth.events}) for truth in truths]
-    result = metrics.scores(metrics.tally_all(heard, truths))
-    assert result["f1"] == result["order"] == result["count"] == result["exact"] == 1
-
-
-# ----------------------------------------------------------------------------- tables
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small random model that makes 4.096 s, with two random taggers."""
-    path = make_folder(tmp_path_factory.mktemp("model") / "toy", frames=64)
-    for width, name in zip((48, 24), FILES.values()):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(width)
-            save_tagger(path / name, Tagger(EVENT_NAMES, COUNTABLE, width, layers=1))
-    return path
+def place(tmp_path_factory):
+    """Model folders a, b and c, small judges beside them."""
+    folder = small_judges(tmp_path_factory.mktemp("place"))
+    torch.manual_seed(0)
+    flow, codec = TangoFlux(TINY), make_codec("mel", TINY_MEL).eval()
+    text = make_text_encoder(["rain", "wind", "a", "violin"], width=16, layers=1, heads=2, d_ff=16)
+    with torch.no_grad():
+        for name in "abc":
+            for parameter in flow.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+            save_model(folder / name, flow, codec, text)
+    return folder
 
 
-SMALL = {"scenes": ["--prompts", "3", "--seeds", "2", "--steps", "1"],
-         "gate": ["--prompts", "2", "--candidates", "2", "--steps", "1"],
-         "codec": ["--prompts", "3", "--fit_scenes", "8"],
-         "duration": ["--clips", "2", "--durations", "1", "2", "--steps", "1"],
-         "steps": ["--prompts", "2", "--grid", "1", "2"],
-         "text": ["--prompts", "3", "--levels", "0.5", "1", "--batch_size", "2"]}
+def run(place, out, *more):
+    """The command; the numbers and the text that it writes."""
+    flags = ["--reward", place / "reward", "--judge", place / "judge", "--tagger", place, "--against", place / "a",
+             "--prompts", 5, "--steps", 2, "--draws", 20, "--cache", place / "cache", "--out", out, "--device", "cpu"]
+    evaluate.main([str(flag) for flag in (*flags, *more)])
+    return json.loads(next(out.glob("*.json")).read_text()), next(out.glob("*.md")).read_text()
 
 
-@pytest.fixture(autouse=True)
-def quick_vocoder(monkeypatch):
-    """Two rounds of the vocoder instead of sixteen: these tests look at the plumbing, not at the sound."""
-    quick = partial(vocoder.griffin_lim, iterations=2, mel_steps=2)
-    monkeypatch.setattr(melvae, "griffin_lim", quick)
-    monkeypatch.setattr(evaluate, "griffin_lim", quick)
+def test_judged_sets_are_kept(place, tmp_path):
+    judges = evaluate.Judges(place / "reward", place / "judge", place)
+    clips, scenes = evaluate.render_clips(World("test"), range(3))
+    first = evaluate.judged(tmp_path / "x.safetensors", judges, lambda: clips, scenes)
+    again = evaluate.judged(tmp_path / "x.safetensors", None, None, None)
+    assert first.keys() == again.keys() == {"reward", "judge", "tally", "features", "logits"}
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    plain = [evaluate.Asked(scene.prompt, scene.duration) for scene in scenes]
+    outside = judges.judge(clips, plain)
+    assert outside.keys() == {"reward", "judge", "features"} and np.array_equal(outside["judge"], first["judge"])
+    assert outside["features"].shape != first["features"].shape                              # CLAP's, not the tagger's
 
 
-def run(folder, where, command):
-    evaluate.main([command, *SMALL[command], "--checkpoint", str(folder), "--tagger", str(folder), "--device", "cpu",
-                   "--out", str(where / "results"), "--cache", str(where / "cache")])
+def test_the_seconds_of_sampling_belong_to_batch_size_and_threads(place, tmp_path):
+    """Fault of the first edition: seconds were read back that another batch size had taken."""
+    model = evaluate.load_model(place / "a")
+    asked = [evaluate.Asked("rain", 1.0), evaluate.Asked("wind", 2.0)]
+    for batch_size in (1, 2):
+        sampler = evaluate.Sampler(Sampling(2), 0, batch_size, str(tmp_path))
+        clips, seconds = evaluate.sampled(model, asked, sampler)
+        again, kept = evaluate.sampled(model, asked, sampler)
+        assert clips.shape == (2, 65536) and torch.equal(clips, again) and seconds == kept > 0
+        assert not clips[0, SAMPLE_RATE:].any() and clips[1, SAMPLE_RATE:].any()             # cut at the duration
+    assert len(list(tmp_path.iterdir())) == 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    evaluate.sampled(model, asked, sampler)
+    torch.set_num_threads(threads)
+    model.flow.config["score_head"] = "v2"                  # the same weights in another forward
+    evaluate.sampled(model, asked, sampler)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("command", SMALL)
-def test_each_table(folder, tmp_path, monkeypatch, capsys, command):
-    run(folder, tmp_path, command)
-    report = (tmp_path / "results" / f"{command}.md").read_text()
-    assert report.count("|") > 20 and "python evaluate.py" in report
-    numbers = json.loads((tmp_path / "results" / f"{command}.json").read_text())
-    assert numbers["settings"]["command"] == command and len(numbers) > 1
-    assert (tmp_path / "results" / f"{command}.png").exists() == (PICTURES and command in ("duration", "steps"))
-    assert "next:" in capsys.readouterr().out
-
-    def generate(*_, **__):
-        raise AssertionError("sampled again, though all latents are there")
-    if command != "codec":  # a second run reads the latents back and reports the same
-        monkeypatch.setattr(evaluate, "generate", generate)
-        run(folder, tmp_path, command)
-        assert (tmp_path / "results" / f"{command}.md").read_text() == report
+def test_models_side_by_side_on_the_world(place, tmp_path, capsys):
+    numbers, text = run(place, tmp_path, "--checkpoint", place / "b", place / "c")
+    for name in ("b", "c"):
+        change = numbers[f"{place / name} against {place / 'a'}"]
+        assert len(change) == 7 and change["reward"][1] <= change["reward"][0] <= change["reward"][2]
+    assert "all 2 pooled" in text and "python evaluate.py --reward" in text and not re.search(r"-0\.0+\b", text)
+    assert numbers["real"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert "next: " in capsys.readouterr().out
 
 
-def test_exchanged_sounds():
-    beeps, wind = SceneEvent("beep", 0, 1, count=2), SceneEvent("wind", 1, 2)
-    asked = Scene(0, "first two beeps, then howling wind", "then", [beeps, wind], 2.0)
-    assert evaluate.exchanged(asked) == "first howling wind, then two beeps"
-    world = World("val", pairs="all", relations=(0, 0, 1, 0), duration=4.0)
-    for truth in map(world.scene, range(100)):
-        other = evaluate.exchanged(truth)
-        assert other != truth.prompt and evaluate.exchanged(replace(truth, prompt=other)) == truth.prompt
+def test_clips_that_exist_answer_the_prompts_of_the_world(place, tmp_path):
+    audios, scenes = evaluate.render_clips(World("test", pairs="unseen"), range(5))
+    for i in range(5):
+        write_wav(tmp_path / "mine" / f"{i}.wav", audios[i:i + 1], SAMPLE_RATE)
+    numbers, _ = run(place, tmp_path, "--checkpoint", "--clips", tmp_path / "mine")
+    assert [row["prompt"] for row in read_jsonl(tmp_path / "prompts.jsonl")] == [scene.prompt for scene in scenes]
+    assert numbers[str(tmp_path / "mine")]["f1"] == pytest.approx(numbers["real"]["f1"], abs=0.05)
+    refused("holds 5 sounds for 6 prompts", evaluate.folder_rows, tmp_path / "mine", 6)
 
 
-def test_text_table_compares_prompts(folder, tmp_path):
-    run(folder, tmp_path, "text")
-    numbers = json.loads((tmp_path / "results" / "text.json").read_text())
-    assert numbers["t"] == [0.5, 1.0]
-    rows = [numbers[kind] for kind in ("its own", "its two sounds exchanged", "another scene's", "empty")]
-    assert all(0 < value < 100 for row in rows for value in row)
-    assert len({tuple(row) for row in rows}) == 4                           # four kinds of prompt, four losses
+def test_a_manifest_brings_prompts_and_reference(place, tmp_path):
+    audios, scenes = evaluate.render_clips(World("val"), range(4))
+    for i in range(4):
+        write_wav(tmp_path / f"{i}.wav", audios[i:i + 1], SAMPLE_RATE)
+    write_jsonl(tmp_path / "mine.jsonl", [{"audio": f"{i}.wav", "caption": scene.prompt, "duration": scene.duration}
+                                          for i, scene in enumerate(scenes)])
+    numbers, text = run(place, tmp_path / "out", "--checkpoint", place / "b", "--data", tmp_path / "mine.jsonl")
+    assert numbers["real"].keys() == {"reward", "judge", "frechet"} == numbers[f"{place}/b against {place}/a"].keys()
+    assert "4 prompts of" in text and "event F1" not in text and (tmp_path / "out" / "mine.md").is_file()
 
 
-def test_other_settings_are_other_latents(folder, tmp_path):
-    run(folder, tmp_path, "steps")
-    assert len(list((tmp_path / "cache").glob("*"))) == 3  # Euler 1 and 2, Heun 1
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ([], "required"), (["listen"], "listen"), (["scenes", "--prompts", "0"], "--prompts is 0"),
-    (["duration", "--durations", "nan"], "--durations is nan"), (["steps", "--grid", "0"], "--grid is 0"),
-    (["scenes", "--guidance_scale", "nan"], "--guidance_scale is nan"), (["scenes", "--steps", "many"], "many"),
-    (["scenes", "--checkpoint", "nowhere"], "nowhere is missing"),
-    (["codec", "--tagger", "."], "tagger.safetensors is missing")])
-def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
+@pytest.mark.parametrize("flags, message", [
+    (["--prompts", "1"], "1 must lie between 2"), (["--checkpoint", "nowhere"], "nowhere is missing"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--tagger", "."], "tagger.safetensors is missing")])
+def test_wrong_input_is_one_line(place, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    known = arguments
-    if len(arguments) > 1:
-        known = arguments[:1] + ["--checkpoint", str(folder), "--device", "cpu"] + arguments[1:]
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate.run_main(lambda: evaluate.main(known))
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    refused(message, run, place, tmp_path / "out", *flags)

@@ -1,104 +1,201 @@
-"""Ranking, pairs, static preference sets, and the script around them."""
-import json
+"""CLAP, ranking, and the ranker: the originals' numbers, closed forms, that a preference is learned, wrong input."""
+import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import PARITY
+from conftest import PARITY, planted, refused, relative_error
 
 import reward
-from audio import read_audio, write_wav
-from common import UserError
-from reward import best_of, make_pairs, read_pairs
-from train_clap import new_clap
+from lib.audio import read_audio, write_wav
+from lib.common import UserError, generator, read_json, read_jsonl, write_jsonl
+from reward import best_of, build_clap, load_clap, make_pairs
+from world import ears, train_ranker
+from world.train_clap import new_clap
+
+FIXTURE = dict(feature_size=64, sampling_rate=48000, hop_length=480, fft_window_size=1024, frequency_min=50,
+               frequency_max=14000, padding="repeatpad", truncation="rand_trunc")
 
 
-def test_pairs_match_the_official_choice(parity):
-    fixed = parity("metrics").info["crpo_pair_selection"]
-    winners, losers, kept = make_pairs(np.round(fixed["clap_scores"], 3))       # the official code ranks rounded scores
-    assert winners.tolist() == fixed["chosen_index"] and losers.tolist() == fixed["rejected_index"]
-    assert kept.all()
+def small():
+    """A Clap as small as the layout allows, random weights."""
+    return new_clap(16, 16, 0).eval()
+
+
+def test_network_matches_the_original(parity):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    fixture = parity("clap")
+    tensors, weights = fixture.load("clap_tiny_tensors"), fixture.load("clap_tiny")
+    config = {"text_config": fixture.info["text_config"], "audio_config": fixture.info["audio_config"],
+              "projection_dim": fixture.info["text_config"]["projection_dim"]}
+    ours = build_clap(config, Tokenizer(WordLevel({"<unk>": 0}, "<unk>")), FIXTURE)
+    ours.clap.load_state_dict({name: weights.get(name, own) for name, own in ours.clap.state_dict().items()})
+    ours.eval()
+    with torch.no_grad():
+        longer = tensors["is_longer"].bool()
+        audio = ours.clap.get_audio_features(tensors["input_features"], longer).pooler_output
+        text = ours.clap.get_text_features(tensors["input_ids"], tensors["attention_mask"]).pooler_output
+    assert relative_error(audio, tensors["audio_embeds"]) < 1e-5
+    assert relative_error(text, tensors["text_embeds"]) < 1e-5
+    assert relative_error(audio @ text.T, tensors["similarity_matrix_audio_by_text"]) < 1e-4
+    assert relative_error((audio * text).sum(1), tensors["cosine_similarity_per_pair"]) < 1e-4
 
 
 def test_clap_score_matches_the_original(parity, monkeypatch):
     arrays, fixed = np.load(PARITY / "metrics.npz"), parity("metrics").info["clap_score"]
-    clap = new_clap(16, 16, 0).eval()
+    clap = small()
     for name in ("audio", "text"):                              # the towers' outputs are given, of any length
         monkeypatch.setattr(getattr(clap.clap, f"{name}_projection"), "forward",
                             lambda _, name=name: torch.from_numpy(arrays[f"clap_{name}"]))
-    scores = clap.scores([torch.ones(9000)] * 6, 16000, [f"prompt {i}" for i in range(6)])
+    scores = clap.scores([torch.ones(9000)] * 6, 16000, list("abcdef"))
     assert scores.tolist() == pytest.approx(fixed["per_item"], abs=1e-6)
     assert scores.mean().item() == pytest.approx(fixed["mean"], abs=1e-6)
 
 
-def test_best_and_worst_ties_and_nan():
-    scores = [[0.1, 0.5, 0.5, 0.0], [0.2, 0.2, 0.2, 0.2], [0.3, np.nan, 0.9, 0.1], [-1e-9, 0.0, 0.0, -1e-9]]
-    winners, losers, kept = make_pairs(scores)
-    assert kept.tolist() == [True, False, False, True]
-    assert (winners[0], losers[0]) == (1, 3) and (winners[3], losers[3]) == (1, 0)     # the first of equals
-    assert best_of(scores).tolist() == [1, 0, 2, 1]
-    with pytest.raises(UserError, match="all rewards of prompt 1 are NaN"):
-        best_of([[1.0, 2.0], [np.nan, np.nan]])
-    with pytest.raises(UserError, match="at least 2 clips"):
-        make_pairs([[1.0], [2.0]])
+def test_saved_folder_is_read_here_and_by_transformers(tmp_path):
+    from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
+    ours = small()
+    ours.save(tmp_path)
+    again, theirs = load_clap(tmp_path), ClapModel.from_pretrained(tmp_path).eval()
+    audio, prompts = [0.2 * torch.randn(1, 30000, generator=generator(0))], ["rain, then \U0001f600"]
+    assert torch.equal(ours.scores(audio, 16000, prompts), again.scores(audio, 16000, prompts))
+    extractor = ClapFeatureExtractor.from_pretrained(tmp_path)
+    mel = extractor([audio[0][0].numpy()], sampling_rate=16000, return_tensors="pt")["input_features"]
+    ids = AutoTokenizer.from_pretrained(tmp_path)(prompts, return_tensors="pt")
+    with torch.no_grad():
+        heard = theirs.get_audio_features(mel).pooler_output
+        read = theirs.get_text_features(ids["input_ids"], ids["attention_mask"]).pooler_output
+    assert (heard * read).sum().item() == pytest.approx(again.scores(audio, 16000, prompts).item(), abs=1e-5)
+    (tmp_path / "config.json").write_text('{"text_config": 7}')
+    refused("config.json of the CLAP cannot be used", load_clap, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused("weights_only", load_clap, tmp_path)
 
 
-def test_static_sets_of_both_kinds(tmp_path):
-    for name in ("a", "b", "c"):
-        write_wav(tmp_path / f"{name}.wav", torch.zeros(1, 100), 16000)
-    ours = tmp_path / "pairs.jsonl"
-    ours.write_text("".join(json.dumps(row) + "\n" for row in (
-        {"prompt": "rain", "duration": 2.0, "winner": "a.wav", "loser": "b.wav", "reward_winner": 1},
-        {"prompt": "wind", "winner": "a.wav", "loser": "a.wav"},
-        {"prompt": "wind", "winner": "a.wav", "loser": "x.wav"})))
-    rows, notes = read_pairs(ours)
-    assert rows == [{"prompt": "rain", "duration": 2.0, "winner": str(tmp_path / "a.wav"),
-                     "loser": str(tmp_path / "b.wav")}]
-    assert len(notes) == 2 and "1 of 3 rows left out, a sound is missing; first: row 3" in notes[0]
-    assert "winner and loser are one file; first: row 2" in notes[1]
-    official = tmp_path / "alpaca.json"
-    official.write_text(json.dumps([{"captions": "rain", "duration": 10, "chosen": "c.wav", "reject": "b.wav"}]))
-    assert read_pairs(official)[0][0]["winner"] == str(tmp_path / "c.wav")
-    assert read_pairs(official, tmp_path)[0][0]["loser"] == str(tmp_path / "b.wav")
-    for text, match in (("[]", "holds no pairs"), ('[{"captions": "a", "chosen": "a.wav"}]', "row 1 has no loser or"),
-                        ('[{"captions": "a", "chosen": "a.wav", "reject": "b.wav", "duration": -1}]', "duration -1"),
-                        ("nonsense", "not whole JSON"), ("", "not whole JSON"),
-                        ('[{"captions": "a", "chosen": "a.w', "not whole JSON"),             # cut off, on one line
-                        ('[\n{"captions": "a",\n "chosen": "a.w', "not whole JSON"),         # or several
-                        ('{"captions": "a"}\n{"capt\n{"captions": "c"}', "line 2 is not JSON")):
-        official.write_text(text)
-        with pytest.raises(UserError, match=match):
-            read_pairs(official)
-    with pytest.raises(UserError, match="missing"):
-        read_pairs(tmp_path / "none.jsonl")
-
-
-def test_pairs_of_latents_are_told_with_a_remedy(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "rain", "duration": 2.0, "reward_winner": 0.5,
-                                                      "winner": "candidates.safetensors#7", "reward_loser": 0.1,
-                                                      "loser": "candidates.safetensors#3"}) + "\n")
-    with pytest.raises(UserError, match=r"row 1: candidates.safetensors#7 is latents .* as --out") as told:
-        read_pairs(tmp_path / "pairs.jsonl")
-    assert "\n" not in str(told.value)
+def test_scores_do_not_depend_on_the_batch_and_long_texts_are_cut():
+    ours = small()
+    clips = [0.1 * torch.randn(n, generator=generator(n)) for n in (8000, 64000, 70000, 16000, 3000)]
+    prompts = ["rain", "wind, then rain", "a violin and rain", "three beeps", "rain " * 500]
+    together = ours.scores(clips, 16000, prompts, batch_size=5)
+    for i in range(5):
+        assert ours.scores([clips[i]], 16000, [prompts[i]]).item() == pytest.approx(together[i].item(), abs=1e-5)
+    refused("a clip is empty", ours.embed_audio, [clips[0], torch.zeros(0)], 16000)
 
 
 def test_score_prints_the_cosine(tmp_path, capsys):
-    clap = new_clap(16, 16, 0).eval()
+    clap, path = small(), str(tmp_path / "a.wav")
     clap.save(tmp_path / "clap")
-    write_wav(tmp_path / "a.wav", 0.1 * torch.sin(torch.arange(20000) / 7)[None], 16000)
-    audio = read_audio(tmp_path / "a.wav", 16000, 1)
-    reward.main(["score", "--audio", str(tmp_path / "a.wav"), "--prompt", "rain", "--clap", str(tmp_path / "clap")])
+    write_wav(path, 0.1 * torch.sin(torch.arange(20000) / 7)[None], 16000)
+    reward.main(["score", "--audio", path, "--prompt", "rain", "--clap", str(tmp_path / "clap")])
     printed = float(capsys.readouterr().out.split("\n")[1].split()[0])
-    assert printed == pytest.approx(clap.scores([audio], 16000, ["rain"]).item(), abs=1e-6)
-    with pytest.raises(UserError, match="2 --prompt for 1 --audio"):
-        reward.main(["score", "--audio", "a.wav", "--prompt", "rain", "--prompt", "wind"])
+    assert printed == pytest.approx(clap.scores([read_audio(path, 16000, 1)], 16000, ["rain"]).item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--width", "12"], "--width must be a multiple of 8"), (["--scenes", "2"], "--scenes 2 do not fill one batch"),
-    (["--batch_size", "6"], "must be a multiple of --family 4"), (["--learning_rate", "nan"], "--learning_rate is nan"),
-    (["--scene_seed", "-1"], "--scene_seed is -1"), (["--family", "65"], "--family is 65")])
-def test_wrong_training_flags_are_told_before_anything_is_written(flags, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        reward.main(["train_clap", "--out", str(tmp_path / "out"), *flags])
-    assert not (tmp_path / "out").exists()
+def test_pairs_match_the_official_choice(parity):
+    fixed = parity("metrics").info["crpo_pair_selection"]
+    winners, losers, usable = make_pairs(np.round(fixed["clap_scores"], 3))     # the official code ranks rounded scores
+    assert winners.tolist() == fixed["chosen_index"] and losers.tolist() == fixed["rejected_index"]
+    assert usable.all()
+
+
+def test_best_and_worst_ties_and_nan():
+    scores = [[0.1, 0.5, 0.5, 0.0], [0.2, 0.2, 0.2, 0.2], [0.3, np.nan, 0.9, 0.1], [-1e-9, 0.0, 0.0, -1e-9]]
+    winners, losers, usable = make_pairs(scores)
+    assert usable.tolist() == [True, False, False, True]
+    assert (winners[0], losers[0]) == (1, 3) and (winners[3], losers[3]) == (1, 0)     # the first of equals
+    assert best_of(scores).tolist() == [1, 0, 2, 1]
+    refused("all rewards of a prompt are NaN", best_of, [[1.0, 2.0], [np.nan, np.nan]])
+    assert ears.spearman(np.array([1, 2, 2, 4]), np.array([1, 3, 2, 9])) == pytest.approx(0.9486832980505138)
+    assert math.isnan(ears.spearman(np.arange(50), np.ones(50)))
+
+
+def test_ranknet_and_its_measures_have_closed_forms():
+    zero = torch.zeros(4)
+    assert reward.ranknet_loss(zero, zero, torch.tensor([1.0, 0, 0.5, 1])).item() == pytest.approx(math.log(2))
+    a, b = torch.tensor([1.0]), torch.tensor([-0.5])
+    assert reward.ranknet_loss(a, b, torch.ones(1)).item() == pytest.approx(math.log(1 + math.exp(-1.5)), rel=1e-5)
+    both = reward.ranknet_loss(a, b, torch.zeros(1)) + reward.ranknet_loss(a, b, torch.ones(1))
+    assert 2 * reward.ranknet_loss(a, b, torch.full((1,), 0.5)).item() == pytest.approx(both.item(), rel=1e-6)
+    difference, preference = np.array([2.0, -1.0, 0.5, 3.0]), np.array([1.0, 0.0, 0.0, 0.5])
+    assert train_ranker.pairwise_accuracy(difference, preference) == pytest.approx(2 / 3)   # the tie does not count
+    rng = np.random.default_rng(0)
+    chance = rng.random(20000)
+    told = (rng.random(20000) < chance).astype(float)
+    assert train_ranker.calibration_error(chance, told) < 0.02
+    assert train_ranker.calibration_error(np.where(chance > 0.5, 0.99, 0.01), told) > 0.15
+    network = reward.Ranker(2048)
+    widths = [tuple(layer.weight.shape) for layer in network.layers if isinstance(layer, torch.nn.Linear)]
+    assert widths == [(1024, 2048), (512, 1024), (256, 512), (128, 256), (1, 128)]          # second paper, III-C
+    kinds = [type(layer).__name__ for layer in network.layers][:4]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Dropout"] and network.layers[3].p == 0.5
+
+
+def test_a_preference_is_learned_near_its_ceiling_and_calibrated():
+    clips, features, truth, named = planted(1200, 12000)
+    parts = train_ranker.split_votes(clips, named, 0)
+    held = {clips[i]["caption"] for i in named.a[parts[2]]}
+    assert not held & {clips[i]["caption"] for i in named.a[parts[0]]}                  # split by prompt
+    settings = train_ranker.Fit((32, 16), 0.5, 6, 128, 3e-3, 1e-2, 0)
+    network, log = train_ranker.fit(features, named, parts, settings)
+    utility = network.utility(features).detach().numpy()
+    found = train_ranker.report(utility, train_ranker.Votes(*(column[parts[2]] for column in named)), truth)
+    assert found["accuracy"] > found["ceiling"] - 0.05 and found["spearman"] > 0.93
+    assert found["calibration error"] < 0.12 and len(log) == 6
+    scores = network(features).detach()
+    assert abs(scores.mean()) < 0.1 and abs(scores.std() - 1) < 0.1                     # standardised
+    again, _ = train_ranker.fit(features, named, parts, settings)
+    assert torch.equal(scores, again(features).detach())
+
+
+def test_a_column_is_written_and_a_contaminated_one(sounds, tmp_path):
+    found = read_json(sounds / "ranker" / "report.json")
+    assert 0 <= found["accuracy"] <= 1 and "spearman" in found and found["ceiling"] > 0.6
+    assert len(list((sounds / "ranker" / "features").iterdir())) == 1       # used again by the same clips and encoders
+    arguments = ["score_manifest", "--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
+                 "--out", str(tmp_path / "scored.jsonl"), "--device", "cpu"]
+    reward.main([*arguments, "--plus", "level", "2"])
+    trained = reward.TrainedRanker(sounds / "ranker")
+    for row in read_jsonl(tmp_path / "scored.jsonl")[:3]:
+        audio = read_audio(tmp_path / row["audio"], 16000, 1)
+        assert trained.scores([audio], 16000, [row["caption"]]).item() == pytest.approx(row["score"], abs=1e-4)
+        assert row["score_plus_level"] == pytest.approx(row["score"] + 2 * row["level"])
+    for flags, what in ((["--plus", "nothing", "2"], "--plus takes a column of numbers"),
+                        (["--out", str(sounds / "votes" / "clips.jsonl")], "must be another file than --data")):
+        refused(what, reward.main, [*arguments, *flags])
+
+
+def test_wrong_votes_are_one_line(sounds, tmp_path, capsys):
+    folder, file = sounds / "votes", tmp_path / "votes.jsonl"
+    cast = read_jsonl(folder / "votes.jsonl")
+
+    def read(rows):
+        write_jsonl(file, rows)
+        return train_ranker.read_votes(file, folder)
+    clips, kept = read([*cast[:9], {**cast[9], "a": "gone.wav"}])
+    assert len(kept.a) == 9 and "1 votes are on missing clips, left out" in capsys.readouterr().err
+    for rows, what in (([{**vote, "b": "gone.wav"} for vote in cast[:5]], "has no votes on clips in"),
+                       ([{"prompt": "x"}], "votes.jsonl cannot be used: 'preference'; a vote is"),
+                       ([{**cast[0], "preference": 0.7}], "a preference is 0.7"), ([], "has no votes")):
+        refused(what, read, rows)
+    refused("ranker.safetensors is missing", reward.TrainedRanker, tmp_path)
+    write_jsonl(file, cast[:1])
+    with pytest.raises(UserError, match="are too few"):
+        train_ranker.main(["--votes", str(file), "--audio_dir", str(folder), "--clap", str(sounds / "reward"),
+                           "--encoder", str(sounds), "--out", str(tmp_path / "r"), "--device", "cpu"])
+    refused("name a folder with a tagger, or an audio model", reward.Encoders, sounds / "reward", tmp_path / "nothing")
+
+
+def test_any_audio_model_of_transformers_is_an_encoder(sounds, tmp_path):
+    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+    torch.manual_seed(0)
+    Wav2Vec2Model(Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                 conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,
+                                 num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=8)
+                  ).save_pretrained(tmp_path / "model")
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "model")
+    encoders = reward.Encoders(sounds / "reward", str(tmp_path / "model"))
+    audio = [torch.randn(1, size, generator=generator(size)) * 0.1 for size in (16000, 9000)]
+    both = encoders.features(audio, 16000, ["rain", ""])
+    assert both.shape[0] == 2 and torch.allclose(both[1], encoders.features(audio[1:], 16000, [""])[0], atol=1e-5)
+    assert not both[1, -16:].any() and both[0, -16:].any()                       # no prompt: the zero vector

@@ -1,100 +1,172 @@
-"""The built-in world: determinism, held-out pairs and clips, truth that fits the sound, degradations."""
-import json
+"""The built-in world: determinism, splits, truth, near misses, workers, a new event."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, refused
 
-import world
-from common import UserError
-from world import EVENTS, SAMPLE_RATE, World
+from lib.common import UserError, read_jsonl
+from world import scenes, sounds
+from world.scenes import CAPTIONS, NUMBERS, World, in_workers, near_misses, relative, story
+from world.sounds import EVENTS, SAMPLE_RATE
 
 
-def loud_frames(audio):
-    """RMS of 16 ms frames (4096 / 16,)."""
-    return np.sqrt(np.mean(audio.reshape(-1, 256) ** 2, axis=1))
+def pairs(scene):
+    names = [event.name for event in scene.events]
+    return {tuple(sorted((a, b))) for a in names for b in names if a != b}
 
 
 def test_a_scene_depends_on_seed_split_and_index_only():
     first, second = World("train", seed=3), World("train", seed=3)
-    second.render(11)                                            # another order of calls changes nothing
+    second.render(11)                               # another order of calls changes nothing
     for index in (7, 0):
         (audio, scene), (again, same) = first.render(index), second.render(index)
-        assert np.array_equal(audio, again) and scene == same
-        assert scene.prompt == first.scene(index).prompt
+        assert np.array_equal(audio, again) and scene == same and scene.prompt == first.scene(index).prompt
     assert first.scene(7) != World("train", seed=4).scene(7) != World("val", seed=4).scene(7)
+    clips, truth = scenes.render_clips(first, [7, 0])
+    assert clips.shape == (2, 65536) and np.array_equal(clips[1], audio) and truth[1] == scene
 
 
 def test_unseen_pairs_are_enough_and_never_in_training():
-    unseen = world.unseen_pairs()
-    assert len(unseen) >= 40 and all(pair <= set(EVENTS) and len(pair) == 2 for pair in unseen)
-
-    def pairs(scene):
-        names = [event.name for event in scene.events]
-        return {frozenset((a, b)) for a in names for b in names if a != b}
-    source = World("train")
-    assert not any(pairs(source.scene(index)) & unseen for index in range(1500))
-    source = World("test", pairs="unseen")
-    assert all(pairs(source.scene(index)) <= unseen for index in range(100))
+    unseen, seen, others = set(map(tuple, scenes.unseen_pairs())), World("train"), World("test", pairs="unseen")
+    assert len(unseen) >= 40 and all(set(pair) <= set(EVENTS) for pair in unseen)
+    assert not any(pairs(seen.scene(index)) & unseen for index in range(1500))
+    assert all(pairs(others.scene(index)) <= unseen for index in range(100))
 
 
-def test_recorded_clips_are_split_by_clip_and_licensed():
-    rows = [json.loads(line) for line in (world.SOUNDS / "captions.jsonl").read_text().splitlines()]
+def test_recorded_clips_are_split_by_clip_and_licensed(monkeypatch):
+    rows = read_jsonl(sounds.SOUNDS / "captions.jsonl")
     assert len({row["audio"] for row in rows}) == len(rows)
-    for name, event in EVENTS.items():
-        if event.kind == "recorded":
-            mine = [row for row in rows if row["event"] == name]
-            assert len(mine) >= 6 and sum(row["split"] == "test" for row in mine) >= 2
-            assert {row["split"] for row in mine} == {"train", "val", "test"}
+    for name in (name for name in EVENTS if EVENTS[name].sound in (sounds.HELD, sounds.STRUCK)):
+        splits = [row["split"] for row in rows if row["event"] == name]
+        assert len(splits) >= 6 and splits.count("test") >= 2 and len(set(splits)) == 3
     assert {row["license"] for row in rows} <= {"MIT", "CC0-1.0", "CC-BY-3.0"}
     assert all(row["attribution"] and row["caption"] for row in rows)
-    size = sum(path.stat().st_size for path in world.SOUNDS.rglob("*") if path.is_file())
-    assert size <= 4e6
+    assert sum(path.stat().st_size for path in sounds.SOUNDS.rglob("*") if path.is_file()) <= 4e6
+    monkeypatch.setitem(sounds.recorded_clips("train"), "violin", [])
+    refused("no train clip of violin", sounds.sound_event, np.random.default_rng(0), "violin", 9000, None, "train")
 
 
 @pytest.mark.parametrize("name", list(EVENTS))
 def test_every_event_fills_its_segment(name):
     """It sounds from its first to its last tenth, and counted strikes are as many as asked."""
-    count = 3 if EVENTS[name].countable else None
-    wave, strikes = world.sound_event(np.random.default_rng(0), name, 24000, count, "train")
+    count = 3 if EVENTS[name].counted else None
+    wave, strikes = sounds.sound_event(np.random.default_rng(0), name, 24000, count, "train")
     assert wave.shape == (24000,) and np.isfinite(wave).all()
-    assert (strikes is None) == (not EVENTS[name].countable)
-    assert count is None or (len(strikes) == count and strikes[0] == 0)
-    heard = np.flatnonzero(loud_frames(wave[:23808]) > 0.01)
+    assert (strikes is None) if count is None else (len(strikes) == count and strikes[0] == 0)
+    frames = wave[:23808].reshape(-1, 256)                              # of 16 ms
+    heard = np.flatnonzero(np.sqrt(np.mean(frames ** 2, axis=1)) > 0.01)
     assert heard[0] <= 10 and heard[-1] >= 93 * (0.66 if count else 0.85)
 
 
 def test_truth_fits_the_sound():
-    source = World("test", pairs="all")
+    world = World("test", pairs="all")
     for index in range(40):
-        audio, scene = source.render(index)
-        assert audio.shape == (world.CLIP_SAMPLES,) and audio.dtype == np.float32 and 0.4 < np.abs(audio).max() <= 1
-        assert not audio[int(scene.duration * SAMPLE_RATE) + 1:].any()          # silence after the duration
+        audio, scene = world.render(index)
+        assert audio.shape == (65536,) and audio.dtype == np.float32
+        assert 0.4 < np.abs(audio).max() <= 1
+        assert not audio[int(scene.duration * SAMPLE_RATE) + 1:].any()      # silence after that
         assert scene.events[0].onset == 0 and abs(scene.events[-1].offset - scene.duration) < 0.02
         if scene.relation == "then":
             assert all(a.offset < b.onset for a, b in zip(scene.events, scene.events[1:]))
         for event in scene.events:
             assert event.count is None or event.hits == event.count
-            words = world.NUMBERS.get(event.count, "")
-            assert words in scene.prompt
-    prompts = " ".join(source.scene(i).prompt for i in range(300))
-    assert set(prompts.replace(",", "").split()) <= set(world.known_words())
+            assert NUMBERS.get(event.count, "") in scene.prompt
+    prompts = " ".join(world.scene(i).prompt for i in range(300))
+    assert set(prompts.replace(",", "").split()) <= set(scenes.known_words())
 
 
-@pytest.mark.parametrize("kind", world.DEGRADATIONS)
-def test_degradations_grow_with_their_level(kind):
-    audio = World("val").render(5)[0]
-    spoiled = [world.degrade(audio, kind, level, np.random.default_rng(1)) for level in (0.0, 0.5, 1.0)]
-    assert all(np.isfinite(one).all() and np.abs(one).max() <= 1 for one in spoiled)
-
-    def distance(one):                                          # of log spectra, blind to the level
-        spectra = [np.log(np.abs(np.fft.rfft(x.reshape(-1, 512), axis=1)) + 1e-2) for x in (audio, one)]
-        return np.abs(spectra[0] - spectra[1]).mean()
-    near, middle, far = map(distance, spoiled)
-    assert near < middle < far
+def fits(events, relation, truth):
+    """Is a scene of (name, count or None) true of `truth`? One that nobody counts has any count."""
+    heard = truth.asked
+    if relation != truth.relation and len(events) > 1 or len(events) != len(heard):
+        return False
+    if relation != "then":
+        events, heard = sorted(events, key=str), sorted(heard, key=str)
+    return all(a[0] == b[0] and a[1] in (None, b[1]) for a, b in zip(events, heard))
 
 
-def test_unknown_names_are_one_line_errors():
-    with pytest.raises(UserError, match="split"):
-        World("training")
-    with pytest.raises(UserError, match="echo"):
-        world.degrade(np.ones(100), "echo", 0.5, np.random.default_rng(0))
+def test_near_misses_are_never_true():
+    world = World("train", pairs="all", relations=(.2, .3, .25, .25), counted=0.8)
+    kinds = set()
+    for index in range(150):
+        scene, rng = world.scene(index), np.random.default_rng(index)
+        assert len(set(near_misses(rng, scene.relation, scene.asked, 4))) == 4
+        near = [scenes.almost(rng, scene.relation, scene.asked) for _ in range(5)]
+        for relation, events in near:
+            assert not fits(events, relation, scene) and (relation, len(events)) in CAPTIONS
+            assert all(count is None or EVENTS[name].counted for name, count in events)
+        kinds |= {(index, relation, len(events)) for relation, events in near}
+    assert len(kinds) > 250                                          # more than one kind a scene
+
+
+def test_relatives_sound_as_their_captions_say():
+    world, durations = World("train", pairs="all", counted=0.8), 0
+    for index in range(60):
+        scene = world.scene(index)
+        near = relative(scene, np.random.default_rng(index))
+        assert story(near) != story(scene)
+        durations += near.duration == scene.duration
+        audio = scenes.perform(near, np.random.default_rng(index), "train")
+        assert audio.shape == (65536,) and not audio[int(near.duration * 16000) + 1:].any()
+        assert all(event.count in (None, event.hits) for event in near.events)
+        onsets = [event.onset for event in near.events]
+        assert onsets == sorted(onsets) and (near.relation == "then") == (len(set(onsets)) > 1)
+    assert durations > 36
+
+
+def threads_and_prompt(index):
+    import torch
+    return os.getpid(), torch.get_num_threads(), World().scene(index).prompt
+
+
+def failing(index):
+    raise UserError(f"scene {index} is broken")
+
+
+def test_workers_give_the_same_in_order():
+    here, there = (list(zip(*in_workers(threads_and_prompt, range(7), workers))) for workers in (0, 2))
+    assert here[2] == there[2] and set(there[1]) == {1}
+    assert set(here[0]) == {os.getpid()} and os.getpid() not in there[0]
+    refused("scene 0 is broken", list, in_workers(failing, range(3), 1))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      "from world.scenes import in_workers\n\n"
+                      "def sleep(seconds):\n    time.sleep(seconds)\n    return os.getpid()\n\n"
+                      "if __name__ == '__main__':\n    for process in in_workers(sleep, [0, 60], 1):\n"
+                      "        print(process, flush=True)\n")
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    worker = Path("/proc") / parent.stdout.readline().strip() / "cmdline"
+    assert worker.read_bytes()
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while worker.exists() and worker.read_bytes():              # a zombie has no command line
+        assert time.monotonic() < end, "the worker outlives its parent"
+        time.sleep(0.05)
+
+
+def test_a_new_event_is_added_in_one_place(tmp_path):
+    """One function and one line in world/sounds.py: prompts, words and a warning of the taggers."""
+    text = (ROOT / "world" / "sounds.py").read_text()
+    horn = 'EVENTS = {\n    "horn": Event(lambda rng, n: tone(440, seconds(n)), "a foghorn, a foghorn blaring"),\n'
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "sounds.py").write_text(text.replace("EVENTS = {\n", horn))
+    for name in ("world/scenes.py", "world/ears.py", "lib"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = ("from world.scenes import *\nfrom world.ears import *\nfrom lib.common import BASE\n"
+            "world = World('test', pairs='all')\nassert 'events' in world.settings()\n"
+            "scene = next(s for s in map(world.scene, range(99)) if 'foghorn' in s.prompt)\n"
+            "assert 'foghorn' in known_words()\nclips, _ = render_clips(world, [scene.index])\n"
+            "reading, = hear(load_tagger(BASE), clips)\nassert 'horn' not in reading\n")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "cannot hear horn" in run.stderr and len(run.stderr.splitlines()) == 1

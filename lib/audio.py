@@ -1,0 +1,310 @@
+"""Audio: files, resampling, loudness, a picture, and what CLAP hears of it.
+
+    python -m lib.audio out/0000_rain.wav --lufs -16.5 --out levelled       # files, after Demucs
+    audio, gain, reached = normalise_loudness(audio, 44100, -16.5, -1.0)    # LUFS, dB of true peak
+
+Waveforms are float32 tensors (channels, N) in [-1, 1], N samples long; rates are in Hz.
+B clips, F mel frames, M mel bands, K frequency bins.
+Where papers and official code differ, we follow the papers: longer clips are cropped around their
+centre (TangoFlux 3.2; the code: crop="start"); loudness is BS.1770 of all channels, TRUE peak at
+most -1 dB (second paper, III-E b; the code makes mono and scales a SAMPLE peak over 0.99 to 0.95).
+"""
+import contextlib
+import functools
+import textwrap
+import warnings
+import wave
+from math import ceil, floor, gcd, inf, log2, log10
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import conv1d, interpolate, pad
+
+from lib.common import (UserError, atomic_path, check_writable, flag, need, parse_flags, picture,
+                        reading, run_main)
+
+FLAGS = {"loudness": [
+    flag("files", None, "sound files", nargs="+"),
+    flag("--lufs", -16.5, "target loudness in LUFS (second paper: -16.5)", -70, 0),
+    flag("--true_peak", -1.0, "ceiling of the true peak in dB (second paper: -1)", -60, 0),
+    flag("--out", "levelled", "folder for WAVs of the same names")]}
+
+ZERO_CROSSINGS = 64     # of the resampling filter on each side, a sinc under a Kaiser window that
+KAISER_BETA = 10.0      # lies 100 dB down from the smaller Nyquist frequency on
+CUTOFF = 0.95
+PHASES_PER_BLOCK = 160  # a block is one convolution; all of 44.1 <-> 48 kHz fits one
+CLAP_FLOOR = 1e-10      # power below this is -100 dB in CLAP's front end
+CROP_MARGIN = 0.1       # seconds read beyond a crop: the filter sees no edge inside it
+
+
+@functools.lru_cache(maxsize=64)
+def sinc_kernels(up, down, first):
+    """Kernels of outputs first, first+1, ... of each `up` outputs: offset, weights (phases, taps).
+
+    Output m lies at input time m*down/up: outputs m and m + up share a kernel, `down` inputs apart.
+    """
+    rate = min(1.0, up / down) * CUTOFF                 # cut-off over the input's Nyquist frequency
+    reach = ZERO_CROSSINGS * max(1.0, down / up)        # half the filter's length, in inputs
+    phases = torch.arange(first, min(first + PHASES_PER_BLOCK, up)).double()
+    times = phases * down / up
+    offset = floor(times[0].item() - reach)
+    taps = ceil(times[-1].item() + reach) - offset + 1
+    distance = offset + torch.arange(taps).double() - times[:, None]        # (phases, taps)
+    bell = (1 - (distance / reach) ** 2).clamp(min=0).sqrt()
+    window = torch.special.i0(KAISER_BETA * bell) / torch.special.i0(torch.tensor(KAISER_BETA))
+    window = torch.where(distance.abs() <= reach, window, 0)
+    return offset, rate * torch.sinc(rate * distance) * window
+
+
+def resample(audio, rate_in, rate_out):
+    """Resample (..., N) to (..., ceil(N * rate_out / rate_in)) with a Kaiser-windowed sinc.
+
+    Flat to 0.9 of the smaller Nyquist frequency (error under -80 dB); beyond the ends is silence.
+    """
+    shared = gcd(rate_in, rate_out)
+    up = rate_out // shared
+    down = rate_in // shared
+    if up == down:
+        return audio
+    samples = audio.shape[-1]
+    length = ceil(samples * up / down)
+    groups = ceil(length / up)                                  # outputs come in groups of `up`
+    signal = audio.reshape(-1, 1, samples)                      # (B, 1, N)
+    blocks = []
+    for first in range(0, up, PHASES_PER_BLOCK):
+        offset, weights = sinc_kernels(up, down, first)
+        end = offset + (groups - 1) * down + weights.shape[1]   # one past the last input
+        left = max(0, -offset)
+        padded = pad(signal, (left, max(0, end - samples)))[..., left + offset:left + end]
+        weights = weights.to(signal)[:, None]                   # (phases, 1, taps)
+        blocks.append(conv1d(padded, weights, stride=down))     # (B, phases, groups)
+    output = torch.cat(blocks, 1).transpose(1, 2)               # (B, groups, up)
+    return output.reshape(*audio.shape[:-1], -1)[..., :length]
+
+
+# ----------------------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def open_audio(path):
+    """Yield `path` as an open soundfile.SoundFile; what fails in the block is a UserError, too."""
+    import soundfile
+    if not Path(path).is_file():
+        raise UserError(f"audio file {path} is missing")
+    with reading(path, "replace it or leave it out"), soundfile.SoundFile(path) as file:
+        yield file
+
+
+def read_frames(file, frames):
+    """The next `frames` of an open file, float32 (channels, N). ValueError: none, or not finite."""
+    audio = torch.from_numpy(file.read(frames, dtype="float32", always_2d=True)).T.contiguous()
+    if audio.numel() == 0:
+        raise ValueError("it is empty")
+    if not audio.isfinite().all():
+        raise ValueError("it holds NaN or infinity")
+    return audio
+
+
+def probe_audio(path):
+    """Raise UserError if a sound file is not usable: both ends are decoded."""
+    with open_audio(path) as file:
+        read_frames(file, 4096)
+        file.seek(max(0, file.frames - 4096))
+        read_frames(file, 4096)
+
+
+def read_audio(path, sampling_rate, channels, seconds=None, crop="center"):
+    """Read a sound file (WAV, FLAC, OGG, MP3, ...) as float32 (channels, N) at `sampling_rate` Hz.
+
+    Mono is doubled for stereo; mono hears the mean of the channels, stereo the front pair. seconds:
+    only so much and a margin, which `fit_audio` cuts off. Raises UserError naming the file.
+    """
+    with open_audio(path) as file:
+        rate = file.samplerate
+        frames = file.frames
+        if seconds is not None:
+            frames = min(frames, ceil((seconds + CROP_MARGIN) * rate))
+        if crop == "center":
+            file.seek((file.frames - frames) // 2)
+        audio = read_frames(file, frames)
+    if channels == 1:
+        audio = audio.mean(0, keepdim=True)                     # (1, N)
+    audio = audio[:channels].expand(channels, -1)               # (channels, N)
+    return resample(audio, rate, sampling_rate).clamp(-1, 1)
+
+
+def fit_audio(audio, samples, crop="center"):
+    """(channels, N) -> (channels, samples): cropped ("center", "start") or padded with silence."""
+    surplus = max(audio.shape[-1] - samples, 0)
+    start = surplus // 2 if crop == "center" else 0
+    audio = audio[..., start:start + samples]
+    return pad(audio, (0, samples - audio.shape[-1]))
+
+
+def write_wav(path, audio, sampling_rate):
+    """Write (channels, N), or (N,) for mono, as 16-bit WAV, clipped to [-1, 1]. Raises UserError.
+
+    By the standard library: sample.py starts without soundfile.
+    """
+    audio = torch.atleast_2d(audio).float()                     # (channels, N)
+    if not audio.isfinite().all():
+        raise UserError(f"{path} is not written: the audio holds NaN or infinity")
+    pcm = (audio.clamp(-1, 1) * 32767).round().T.numpy().astype("<i2")          # (N, channels)
+    with atomic_path(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setparams((len(audio), 2, sampling_rate, 0, "NONE", ""))
+        file.writeframes(pcm.tobytes())
+
+
+# ----------------------------------------------------------------------------- loudness
+
+def loudness(audio, sampling_rate):
+    """(channels, N) -> LUFS; -inf for silence. Under 0.4 s, the meter's block: repeated."""
+    need("pyloudnorm", "--lufs")
+    from pyloudnorm import Meter
+    blocks = (0.4 * sampling_rate + 1) / audio.shape[1]
+    samples = np.tile(audio, ceil(blocks)).T.astype(float)      # (N, channels)
+    with np.errstate(divide="ignore"):
+        return float(Meter(sampling_rate).integrated_loudness(samples))
+
+
+def true_peak(audio, sampling_rate):
+    """Largest value of (channels, N), also between samples: 4 times oversampled (BS.1770-4)."""
+    between = resample(audio.float(), sampling_rate, 4 * sampling_rate)
+    return max(audio.abs().max().item(), between.abs().max().item())
+
+
+def normalise_loudness(audio, sampling_rate, target=-16.5, ceiling=-1.0):
+    """(channels, N) -> (the same at `target` LUFS, gain, LUFS reached).
+
+    The gain is less where a true peak would pass `ceiling` dB; silence stays (reached: -inf).
+    """
+    before = loudness(audio, sampling_rate)
+    if before == -inf:
+        return audio, 1.0, before
+    highest = 10 ** (ceiling / 20) / true_peak(audio, sampling_rate)
+    gain = min(10 ** ((target - before) / 20), highest)
+    return audio * gain, gain, before + 20 * log10(gain)
+
+
+def save_spectrogram(path, audios, titles, sampling_rate):
+    """Write a PNG with a spectrogram per audio ((channels, N) or (N,)) under its title.
+
+    Returns False, after one notice, where matplotlib is missing. Raises UserError if unwritable.
+    """
+    n_fft = 2 ** round(log2(sampling_rate * 0.06))
+    hop = n_fft // 8
+    window = torch.hann_window(n_fft)
+    hz = np.arange(n_fft // 2 + 2) * sampling_rate / n_fft      # the bins' edges
+    rows = ceil(len(audios) / 2)
+    with warnings.catch_warnings(), picture(path, 12.8, 2.3 * rows + 0.4) as axes:
+        warnings.filterwarnings("ignore", message="Glyph")      # scripts that the font lacks
+        if axes is None:
+            return False
+        figure = axes[0].figure
+        figure.clear()
+        figure.supxlabel("Hz over seconds; black: 80 dB below the peak", fontsize=9)
+        for number, (audio, title) in enumerate(zip(audios, titles), 1):
+            mono = torch.atleast_2d(audio).mean(0)
+            spectrum = torch.stft(mono, n_fft, hop, window=window, pad_mode="constant",
+                                  return_complex=True).abs()    # (bins, frames)
+            share = spectrum / spectrum.max().clamp(min=1e-9)
+            decibel = 20 * share.clamp(min=1e-5).log10()
+            seconds = np.arange(decibel.shape[1] + 1) * hop / sampling_rate
+            axis = figure.add_subplot(rows, min(2, len(audios)), number)
+            axis.pcolormesh(seconds, hz, decibel, vmin=-80, vmax=0, cmap="magma")
+            axis.set_yscale("symlog", linthresh=1000)           # nearly as the ear: mel
+            lines = textwrap.wrap(title, 60)[:2]
+            axis.set_title("\n".join(lines), fontsize=10, parse_math=False)
+    return True
+
+
+# ----------------------------------------------------------------------------- CLAP's front end
+
+class ClapMel(torch.nn.Module):
+    """ClapFeatureExtractor in torch; the keywords are those of preprocessor_config.json.
+
+    padding: "repeatpad" (repeated while it fits, then silence) or "pad". Clips longer than it hears
+    are cut in the MIDDLE ("rand_trunc"), or become 4 mels, the whole shrunk and three chunks from
+    the middle of its thirds ("fusion"); the originals cut at random: scores change with each call.
+    """
+
+    def __init__(self, **settings):
+        super().__init__()
+        from transformers import ClapFeatureExtractor
+        original = ClapFeatureExtractor(**settings)
+        truncation, self.padding = original.truncation, original.padding
+        if truncation not in ("fusion", "rand_trunc") or self.padding not in ("repeatpad", "pad"):
+            raise UserError(f"preprocessor_config.json: truncation {truncation!r} with padding "
+                            f"{self.padding!r} is unknown")
+        self.sampling_rate = original.sampling_rate
+        self.hop = original.hop_length
+        self.samples = int(original.nb_max_samples)
+        self.fused = truncation == "fusion"
+        filters = original.mel_filters if self.fused else original.mel_filters_slaney   # (K, M)
+        window = torch.hann_window(original.fft_window_size)
+        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        self.register_buffer("window", window, persistent=False)
+
+    def log_mel(self, audio):
+        """(B, samples) -> power in dB (B, F, M), frames centred on multiples of the hop."""
+        # a quiet band beside a loud one is lost in float32; a device without float64 makes do
+        exact = torch.float32 if audio.device.type == "mps" else torch.float64
+        window = self.window.to(exact)
+        spectrum = torch.stft(audio.to(exact), len(window), self.hop, window=window,
+                              return_complex=True)                  # (B, K, F)
+        power = spectrum.real ** 2 + spectrum.imag ** 2
+        mel = power.transpose(1, 2) @ self.filters.to(exact)      # (B, F, M)
+        return (10 * mel.clamp(min=CLAP_FLOOR).log10()).float()
+
+    def starts(self, count):
+        """Where the three chunks begin: in the middle of each third of the places 0..count-1."""
+        thirds = np.array_split(np.arange(count), 3)
+        return [third[len(third) // 2] if len(third) else 0 for third in thirds]
+
+    def clip_mel(self, audio):
+        """A clip (samples,) -> mels (1 or 4, F, M); is it longer, in frames, than what is heard?"""
+        samples = len(audio)
+        surplus = samples - self.samples
+        if surplus > 0 and not self.fused:
+            audio = audio[surplus // 2:][:self.samples]
+        elif surplus < 0 and self.padding == "repeatpad":
+            audio = audio.repeat(self.samples // samples)
+        silence = max(self.samples - len(audio), 0)
+        mel = self.log_mel(pad(audio, (0, silence))[None])          # (1, F or more, M)
+        if not self.fused:
+            return mel, surplus > 0
+        frames = self.samples // self.hop + 1
+        places = mel.shape[1] - frames + 1
+        if places == 1:
+            return mel.expand(4, -1, -1), False
+        whole = interpolate(mel[None], (frames, mel.shape[2]), mode="bilinear")[0]  # (1, F, M)
+        chunks = [mel[:, start:start + frames] for start in self.starts(places)]
+        return torch.cat([whole, *chunks]), True
+
+    def forward(self, audios):
+        """A list of (samples,) -> features (B, 1 or 4, F, M), is_longer (B, 1) bool."""
+        device = self.window.device
+        mels, longer = zip(*[self.clip_mel(audio.to(device)) for audio in audios])
+        return torch.stack(mels), torch.tensor(longer, device=device)[:, None]
+
+
+# ----------------------------------------------------------------------------- command line
+
+def main(argv=None):
+    args = parse_flags(__doc__, FLAGS, argv)
+    for name in args.files:
+        path = Path(args.out, f"{Path(name).stem}.wav")
+        if path.exists():
+            raise UserError(f"{path} is there already; choose another --out")
+        check_writable(path)
+        with open_audio(name) as file:
+            rate = file.samplerate
+            audio = read_audio(name, rate, min(file.channels, 2))
+        audio, gain, reached = normalise_loudness(audio, rate, args.lufs, args.true_peak)
+        write_wav(path, audio, rate)
+        print(f"wrote {path}: {reached:.1f} LUFS (gain {20 * log10(gain):+.1f} dB)")
+    print("next: listen to it; python sample.py --lufs -16.5 does the same to what it makes")
+
+
+if __name__ == "__main__":
+    run_main(main)

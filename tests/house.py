@@ -1,0 +1,126 @@
+"""The house in figures: lines, density, imports. `python tests/house.py [FOLDER]` prints them beside other projects'.
+
+Measured on code lines (neither blank, nor a comment, nor a docstring): expression nodes (ast.expr) a line, characters a
+line, statements with two comprehensions or more, lines above 100 characters; functions that take `args`, functions over
+60 lines. The same figures of the projects that this one learns from, taken with the same rules (2026-11):
+
+    nodes a line   characters a line   two comprehensions
+    nanoGPT          5.1   47.5   0 to 3 each
+    nanochat         4.6   50.1
+    minRF            4.8   39
+    DiT              4.9   47
+    FLUX             4.5   39
+    nanoVLM          4.7   53
+    first edition    7.3   61.6   55
+"""
+import ast
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+AFTERNOON = ("model", "vae", "train_fm", "sample", "reward", "crpo", "expert_iteration", "evaluate")
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+# a file imports only from what stands in an earlier row, or to its left
+ORDER = [name for row in (
+    "lib.common lib.weights lib.audio lib.mel lib.oobleck lib.text lib.fast", "world.sounds world.scenes world.ears",
+    "data vae model sample train_fm reward evaluate crpo expert_iteration",
+    "world.reader world.votes world.train_ears world.train_clap world.train_ranker world.bundle",
+    "experiments.flow_picture experiments.toy experiments.alignment experiments.attm",
+    "bench.official bench.crpo bench.full_size") for name in row.split()]
+
+
+def sources(root=ROOT):
+    """The Python files outside of tests: {dotted name: path}."""
+    paths = [path for path in Path(root).rglob("*.py") if not {"tests", ".venv", ".git"} & set(path.relative_to(root).parts)]
+    return {".".join(path.relative_to(root).with_suffix("").parts): path for path in sorted(paths)}
+
+
+@lru_cache(maxsize=None)
+def parsed(path):
+    """(text, syntax tree) of a file."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
+def docstring_lines(tree):
+    """The numbers of the lines that docstrings fill."""
+    lines = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)) and ast.get_docstring(node) is not None:
+            lines |= set(range(body[0].lineno, body[0].end_lineno + 1))
+    return lines
+
+
+def figures(paths):
+    """{what: number} over files."""
+    found = dict.fromkeys(("lines", "code lines", "nodes", "characters", "two comprehensions", "lines over 100",
+                           "functions taking args", "functions over 60 lines"), 0)
+    for path in paths:
+        text, tree = parsed(path)
+        inside_docstrings = docstring_lines(tree)
+        for number, line in enumerate(text.splitlines(), 1):
+            found["lines"] += 1
+            if line.strip() and not line.strip().startswith("#") and number not in inside_docstrings:
+                found["code lines"] += 1
+                found["characters"] += len(line)
+                found["lines over 100"] += len(line) > 100
+        for node in ast.walk(tree):
+            found["nodes"] += isinstance(node, ast.expr)
+            if isinstance(node, FUNCTIONS):
+                arguments = node.args.args + node.args.kwonlyargs
+                found["functions taking args"] += any(one.arg == "args" for one in arguments)
+                found["functions over 60 lines"] += node.end_lineno - node.lineno + 1 > 60
+            if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+                inner = sum(isinstance(each, COMPREHENSIONS) for each in ast.walk(node))
+                found["two comprehensions"] += inner >= 2
+    return found
+
+
+def imports(path, known):
+    """The repository's modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(parsed(path)[1]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & set(known)
+
+
+def closure(name, known):
+    """All modules of the repository that a module needs, itself among them."""
+    needed, waiting = set(), [name]
+    while waiting:
+        one = waiting.pop()
+        if one not in needed:
+            needed.add(one)
+            waiting += imports(known[one], known)
+    return needed
+
+
+def main():
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+    known = sources(root)
+    for name, path in known.items():
+        one = figures([path])
+        print(f"{name:28} {one['lines']:5} lines  {one['nodes'] / max(1, one['code lines']):4.1f} nodes a line  "
+              f"{one['characters'] / max(1, one['code lines']):3.0f} characters a line")
+    total = figures(known.values())
+    total["nodes a line"] = round(total["nodes"] / total["code lines"], 2)
+    total["characters a line"] = round(total["characters"] / total["code lines"], 1)
+    for what, number in total.items():
+        print(f"{what:28} {number}")
+    print(f"{'the afternoon':28} {figures(known[name] for name in AFTERNOON)['lines']} lines")
+    for name in ("crpo", "sample", "train_fm"):
+        print(f"{'files that ' + name + '.py needs':28} {len(closure(name, known))}")
+    tests = list((root / "tests").glob("*.py"))
+    print(f"{'tests':28} {figures(tests)['lines']} lines")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The tables of experiments/ at a very small size: closed forms, each command, the chain of the second paper."""
+import re
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from test_evaluate import place, quick_vocoder  # noqa: F401  (fixtures)
+
+import crpo
+import expert_iteration
+import reward
+from experiments import alignment, attm, toy
+from lib.common import read_json, write_json, write_jsonl
+from lib.weights import save_tensors
+from world.scenes import Scene, SceneEvent, World
+
+
+def narrow(path):
+    """The report's text; its tables fit into 100 columns and hold no -0.000."""
+    text = path.read_text()
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert tables and not re.search(r"(?<!\d)-0\.0+\b", text)
+    assert max(map(len, tables)) <= 100
+    return text
+
+
+def test_sounding_length():
+    clip = torch.zeros(65536)
+    assert toy.sounding_length(clip) == 0
+    clip[1600:32000] = 0.5
+    clip[40000] = 1e-3  # a click over 60 dB below
+    assert toy.sounding_length(clip) == pytest.approx(2.0)
+    clip[48000:48320] = 0.02  # 28 dB below the loudest frame
+    assert toy.sounding_length(clip) == pytest.approx(3.02)
+    assert toy.sounding_length(clip, 1e-2) == pytest.approx(2.0)
+
+
+def test_exchanged_sounds():
+    beeps, wind = SceneEvent("beep", 0, 1, count=2), SceneEvent("wind", 1, 2)
+    asked = Scene(0, "first two beeps, then howling wind", "then", [beeps, wind], 2.0)
+    assert toy.exchanged(asked) == "first howling wind, then two beeps"
+    assert all((toy.derangement(number, 0) != np.arange(number)).all() for number in (2, 3, 50))
+    world = World("val", pairs="all", relations=(0, 0, 1, 0), duration=4.0)
+    for truth in map(world.scene, range(100)):
+        other = toy.exchanged(truth)
+        assert other != truth.prompt and toy.exchanged(replace(truth, prompt=other)) == truth.prompt
+
+
+SMALL = {"scenes": "--prompts 3 --seeds 2", "codec": "--prompts 3", "duration": "--num_samples 2",
+         "steps": "--prompts 2", "text": "--prompts 3 --batch_size 2"}
+
+
+@pytest.mark.parametrize("command", SMALL)
+def test_each_table_of_the_toy(place, tmp_path, monkeypatch, capsys, command):  # noqa: F811
+    for name, values in (("DURATIONS", [1.0, 2.0]), ("GRID", [1, 2]), ("LEVELS", [0.5, 1.0])):
+        monkeypatch.setattr(toy, name, values)
+    flags = [command, *SMALL[command].split(), "--checkpoint", str(place / "a"), "--tagger", str(place), "--steps",
+             "1", "--device", "cpu", "--out", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
+    toy.main(flags)
+    report, numbers = (tmp_path / "results" / f"{command}.{kind}" for kind in ("md", "json"))
+    text, numbers = narrow(report), read_json(numbers)
+    assert f"python -m experiments.toy {command}" in text and "next:" in capsys.readouterr().out
+    assert numbers["settings"]["command"] == command and len(numbers["rows"][0]) == len(numbers["heads"])
+    if command == "text":
+        assert len({tuple(row[1:]) for row in numbers["rows"]}) == 4        # four kinds of prompt, four losses
+    if command == "steps":
+        assert len(list((tmp_path / "cache").iterdir())) == 3               # Euler 1 and 2, Heun 1
+    monkeypatch.setattr("evaluate.sample_latents", None)                    # kept latents are read, not sampled
+    toy.main(flags)
+    assert report.read_text() == text
+
+
+def test_small_runs_leave_the_tracked_results_alone():
+    """Fault of the first edition: a try with few prompts replaced results/."""
+    for commands in (toy.COMMANDS, alignment.COMMANDS, attm.COMMANDS):
+        for _, groups in commands.values():
+            (out,) = [flag for flags in groups.values() for flag in flags if flag["name"] == "--out"]
+            assert out["default"] == "runs/results"
+
+
+def run_alignment(place, out, command, *more):  # noqa: F811
+    """The report and the numbers of a command."""
+    alignment.main([command, "--reward", str(place / "reward"), "--judge", str(place / "judge"), "--tagger", str(place),
+                    "--draws", "20", "--out", str(out), "--cache", str(out / "cache"), "--device", "cpu", *more])
+    return narrow(out / f"{command}.md"), read_json(out / f"{command}.json")
+
+
+def test_the_best_of_more_scores_higher(place, tmp_path):  # noqa: F811
+    _, numbers = run_alignment(place, tmp_path, "best_of", "--checkpoint", str(place / "a"),
+                               *"--prompts 4 --counts 1 3 --steps 2".split())
+    assert numbers["best of 3"]["reward"] > numbers["best of 1"]["reward"]
+
+
+def test_runs_of_crpo_are_compared(place, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(place)
+    run, first = place / "crpo", place / "crpo" / "iteration_1"             # what crpo.py leaves of one iteration
+    first.mkdir(parents=True)
+    write_json(run / "config.json", {"num_samples": 2, "iterations": 2, "pairs": None, "prompt_file": None, "beta": 1})
+    scenes = [World("train", seed="crpo").scene(i) for i in (5, 3, 8)]
+    write_jsonl(first / "prompts.jsonl",
+                [{"prompt_id": each.index, "prompt": each.prompt, "duration": each.duration} for each in scenes])
+    save_tensors(first / "candidates.safetensors", {"latents": torch.randn(6, 64, 4)})
+    write_jsonl(first / "pairs.jsonl", [{"winner": f"x#{2 * i}", "loser": f"x#{2 * i + 1}"} for i in range(3)])
+    write_json(first / "report.json", {"pairs": 3, "accuracy": 0.5, "winner": 1.1, "reference_winner": 1})
+    for name in ("real", "base", "iteration_1/heard"):
+        save_tensors(run / f"{name}.safetensors", {
+            "reward": torch.rand(8), "judge": torch.rand(8), "tally": torch.ones(8, 9, dtype=torch.int64),
+            "features": torch.rand(8, 3), "logits": torch.rand(8, 4)})
+    text, numbers = run_alignment(place, tmp_path, "crpo_search", "--runs", "crpo")
+    assert "1.100" in text and numbers["crpo/iteration_1"]["gains"]["reward"][0] != 0
+    _, numbers = run_alignment(place, tmp_path, "crpo_pairs", "--runs", "crpo", "--checkpoint", str(place / "a"))
+    assert "winners against losers" in str(numbers)
+    refused("is no run of crpo.py", run_alignment, place, tmp_path, "crpo_search", "--runs", str(place))
+
+
+def test_a_paired_test_sees_a_difference_of_each_prompt():
+    hard = np.random.default_rng(0).standard_normal(100) * 5
+    seeds = [{"reward": hard + 0.1}, {"reward": hard + 0.3}]
+    assert attm.test(seeds, [{"reward": hard}] * 2, "reward") == pytest.approx((0.2, 0.2, 0.2))
+    levels = {score: [{"reward": np.full(4, score)}, {"reward": np.full(4, -score)}] for score in (0.0, 1.0, 2.0)}
+    assert attm.score_r(levels) == pytest.approx([1, -1])
+    for entry in attm.ENTRIES.values():                             # they compare rows that they have
+        assert {name for first, second, _ in entry.pairs for name in (first, second)} <= set(entry.ways)
+    tests = {"a minus b": {"reward": (0.2, 0.1, 0.3)}, "c minus d": {"reward": (0.2, -0.1, 0.3)}}
+    assert attm.verdict(tests, "++", "reward") == ("reward as expected: a minus b (+); not as expected: "
+                                                   "c minus d (0).")
+
+
+@pytest.fixture(scope="module")
+def chain(place, sounds):  # noqa: F811
+    """The ranker and a scored manifest with a contaminated column, and the chain of table2 trained on them."""
+    pool = crpo.prompt_pool
+    reward.main(["score_manifest", "--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
+                 "--out", str(sounds / "votes" / "hummed.jsonl"), "--plus", "hum", "1.5", "--device", "cpu"])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(place)                                        # cache/ goes there
+        for script in (crpo, expert_iteration):                         # 50 prompts are enough
+            monkeypatch.setattr(script, "prompt_pool", lambda file, size, *more: pool(file, 50, *more))
+        yield partial(run_attm, place, sounds)
+
+
+FLAGS = ("--seeds 0 --sft_steps 2 --prompts 6 --steps 1 --samples 6 --tuning_steps 1 --polish_steps 1 --crpo_prompts 2 "
+         "--crpo_epochs 1 --batch_size 4 --device cpu --runs reproduce --out out")
+
+
+def run_attm(place, sounds, name, *more):  # noqa: F811
+    """The report and the numbers of an entry."""
+    scored = str(sounds / "votes" / "hummed.jsonl")
+    attm.main([name, "--checkpoint", str(place / "a"), "--data", scored, "--hum_data", scored, "--ranker",
+               str(sounds / "ranker"), "--judge", str(place / "judge"), "--tagger", str(place), *FLAGS.split(), *more])
+    out = place / "out" / f"attm_{name}"
+    return narrow(out.with_suffix(".md")), read_json(out.with_suffix(".json"))
+
+
+def test_the_chain_is_trained_once_and_with_one_setting(chain, place, monkeypatch):  # noqa: F811
+    first, weights = chain("table2"), place / "reproduce" / "seed_0" / "sft_v1" / "tangoflux.safetensors"
+    before = weights.stat().st_mtime_ns
+    monkeypatch.setattr("evaluate.sample_latents", None)                # all is kept
+    assert chain("table2") == first and weights.stat().st_mtime_ns == before
+    for name, flags, what in (("table2", ["--sft_steps", "3"], "was started with train_steps = 2, now it is 3"),
+                              ("table1", ["--data", "x.jsonl", "--runs", "other"], "x.jsonl is missing"),
+                              ("table1", ["--prompts", "2"], "2 must lie between 4")):
+        refused(what, chain, name, *flags)
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "figure2", "reward_column"])
+def test_every_entry_ends_with_tables_numbers_and_a_verdict(chain, name, monkeypatch, capsys):
+    monkeypatch.setattr(attm, "HELD_OUT", 10)
+    monkeypatch.setitem(attm.ENTRIES, "table1", attm.table1(["v1", "v5"]))
+    monkeypatch.setitem(attm.ENTRIES, "figure2", attm.figure2([0, 1.5]))
+    text, numbers = chain(name)
+    assert "Hypothesis: " in text and "Budget: 1 training seeds" in text and numbers["verdict"] in text
+    assert numbers["rows"] and f"python -m experiments.attm {name}" in text and "nan" not in text.lower()
+    assert ("score-r" in text) == (name in ("table1", "figure2")) and ("| hum" in text) == (name == "reward_column")
+    assert "Hypothesis: " in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""Copies the parts of runs into a model folder, in float16: how checkpoints/toy was made.
+
+    python -m world.bundle --flow runs/base_hard --out runs/toy/base
+    python -m world.bundle --flow runs/crpo/iteration_5 --parts_of ../base --out runs/toy/aligned
+    python -m world.bundle --clap_reward runs/clap_reward --out runs/toy/base
+
+All of checkpoints/toy from seeds, in this order; a killed command goes on where it was:
+
+    python vae.py                                                           # runs/vae
+    python -m world.train_ears                                              # runs/tagger
+    python -m world.train_ears --which features                             # runs/tagger_features
+    python -m world.reader                                                  # runs/reader
+    python train_fm.py --codec runs/vae --text_encoder runs/reader          # runs/base
+    python train_fm.py --checkpoint runs/base --scenes 40000 --world_seed 1 --counted 0.7 \\
+        --relations 0.10 0.40 0.28 0.22 --cache cache/world_hard --train_steps 2500 --muon 10 \\
+        --learning_rate 1e-3 --warmup_steps 100 --seed 5 --out runs/base_hard
+    python -m world.train_ears --which quality --codec runs/vae             # runs/quality
+    python -m world.train_clap                                              # runs/clap_reward
+    python -m world.train_clap --seed 1 --width 104 --text_width 144 --out runs/clap_judge
+    python -m world.bundle --flow runs/base_hard --tagger runs/tagger \\
+        --tagger_features runs/tagger_features --tagger_quality runs/quality \\
+        --clap_reward runs/clap_reward --clap_judge runs/clap_judge --out checkpoints/toy/base
+    python crpo.py --checkpoint checkpoints/toy/base                        # runs/crpo
+    python -m world.bundle --flow runs/crpo/iteration_5 --parts_of ../base \\
+        --out checkpoints/toy/aligned
+"""
+from pathlib import Path
+
+import torch
+
+from lib.common import UserError, check_writable, flag, parse_flags, run_main
+from model import load_model, save_model
+from reward import load_clap
+from world.ears import FILES, load_tagger, save_tagger
+
+CLAPS = ("clap_reward", "clap_judge")
+EARS = {Path(name).stem: which for which, name in FILES.items()}    # "tagger": "judge", ...
+FLAGS = {"what": [
+    flag("--flow", None, "run or model folder of the flow, with codec and text encoder"),
+    flag("--parts_of", None, "relative folder that has codec and text encoder; none: copy them"),
+    *[flag(f"--{name}", None, f"folder of the {which} tagger") for name, which in EARS.items()],
+    *[flag(f"--{name}", None, f"folder of the CLAP {name}") for name in CLAPS],
+    flag("--out", None, "model folder")]}
+
+
+def main(argv=None):
+    args = parse_flags(__doc__, FLAGS, argv)
+    if args.out is None:
+        raise UserError("--out is missing: the model folder to write")
+    out = Path(args.out)
+    check_writable(out / "config.json")
+    if args.flow and args.parts_of:
+        run = load_model(args.flow, parts=("flow",))
+        references = {"vae": args.parts_of, "text_encoder": args.parts_of}
+        save_model(out, run.flow, references=references, dtype=torch.float16)
+    elif args.flow:
+        run = load_model(args.flow)
+        save_model(out, run.flow, run.codec, run.text, dtype=torch.float16)
+    for name, which in EARS.items():
+        if getattr(args, name):
+            save_tagger(out / FILES[which], load_tagger(getattr(args, name), which))
+    for name in CLAPS:
+        if getattr(args, name):
+            load_clap(getattr(args, name)).save(out / name, torch.float16)
+    print(f'wrote {out}; next: python sample.py --checkpoint {out} --prompt "three beeps"')
+
+
+if __name__ == "__main__":
+    run_main(main)
