@@ -178,7 +178,7 @@ def draw_pairs(pairs, positions, loss, seed, device):
         score = torch.where(drop_text | drop_score, null_score(t), loss.score)
     size = chosen["mask"].sum(1).max()                                          # S
     hidden, mask = chosen["hidden"][:, :size], chosen["mask"][:, :size]
-    x1, x0 = torch.stack([x1, x0]).transpose(1, 2).flatten(1, 2)                # (2B, L, C) each
+    x1, x0 = (each.transpose(0, 1).flatten(0, 1) for each in (x1, x0))          # (2B, L, C)
     batch = x1, x0, t.repeat(2), None, hidden, mask, chosen["duration"], drop_text, score
     return Batch(*(part if part is None else part.to(device) for part in batch))
 
@@ -306,8 +306,8 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
 
 # ----------------------------------------------------------------------------- prompts to pairs
 
-def sampler_of(flags, device):
-    """How policies sample: sampler(model, prompts, durations, seed, indices) -> (B, L, C)."""
+def sampler_of(flags):
+    """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C)."""
     sampling = Sampling(flags.steps, flags.guidance_scale, score=flags.score)
     return partial(sample_latents, sampling=sampling, batch_size=flags.generation_batch)
 
@@ -406,7 +406,7 @@ def run(command="crpo.run(...)", **settings):
     out, device = Path(args.out), choose_device(args.device)
     check_writable(out / "config.json")
     judges = Judges(args.reward, args.judge, args.tagger, device)
-    sampler = sampler_of(args, device)
+    sampler = sampler_of(args)
 
     # the policy, and what pairs come from: prompts, or a static set
     policy = str(args.checkpoint)

@@ -327,15 +327,13 @@ def main(argv=None):
     rate, samples = SAMPLE_RATE, CLIP_SAMPLES
     if args.data:
         rate = CLAP_RATE
-        longest = min([30.0, *[flow.config["max_duration"] for flow in flows]])
-        samples = round(rate * longest)
+        samples = round(rate * min([30.0, *[flow.config["max_duration"] for flow in flows]]))
         rows = read_rows(args)[:args.prompts]
         real, seconds = file_clips(rows, rate, samples, args.crop)
         asked = [Asked(row["caption"], each) for row, each in zip(rows, seconds)]
     else:
         real, asked = render_clips(World("test", pairs=args.pairs), range(args.prompts))
-    rows = [Asked(each.prompt, each.duration)._asdict() for each in asked]
-    write_jsonl(out / "prompts.jsonl", rows)
+    write_jsonl(out / "prompts.jsonl", [Asked(a.prompt, a.duration)._asdict() for a in asked])
 
     # every set is judged
     judges = Judges(args.reward, args.judge, args.tagger, device)

@@ -58,7 +58,7 @@ FLAGS = {"what it starts from": [
     flag("--generation_batch", 32, "clips at a time", 1),
     flag("--save_clips", 64, "clips between two saves", 1),
     flag("--save_every", 100, "steps between two saves", 1), DTYPE, DEVICE]}
-FREE = {"rounds", "out", "device", "save_clips", "save_every", "debug"}     # a run may change them
+FREE = {"rounds", "out", "device", "save_every", "debug"}       # a run may change them
 TRAINING = ("data", "score_column", "audio_dir", "cache", "oversample", "batch_size", "save_every",
             "dtype", "device")                  # flags of train_fm.py
 
@@ -106,9 +106,9 @@ def run(**settings):
     if args.keep > args.prompts:
         raise UserError(f"--keep {args.keep:g} is more than --prompts {args.prompts}")
     scorers = {"reward": TrainedRanker(args.ranker, device), "clap": load_clap(args.clap, device)}
-    sampler = sampler_of(args, device)
+    sampler = sampler_of(args)
     policy = str(args.checkpoint)
-    longest = load_policy(policy, device, None, args.generation_batch).flow.config["max_duration"]
+    longest = load_policy(policy, device).flow.config["max_duration"]
     pool = prompt_pool(args.prompt_file, args.pool, args.prompts, longest)
 
     # a run found in --out goes on under the same settings

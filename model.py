@@ -387,7 +387,7 @@ class TangoFlux(nn.Module):
 
 
 def init_weights(flow):
-    """Xavier uniform, no bias, as DiT; the official code kept PyTorch's defaults.
+    """Xavier uniform, biases 0, as DiT; the official code kept PyTorch's defaults.
 
     Zero: the adaLN linears, so that every gate is shut and each block starts as the identity; the
     last projection, so that the first prediction is 0; a score head's last layer. DiT starts the

@@ -244,9 +244,10 @@ class Encoders:
         """A list of (channels, samples) and their prompts ("": a zero vector) -> (N, W) float32."""
         text = self.clap.embed_text([prompt or "sound" for prompt in prompts])          # (N, D)
         text *= torch.tensor([[bool(prompt)] for prompt in prompts])
+        audios = as_mono(audios, rate, self.rate)           # for CLAP, too, as training heard them
         encode = self.hear_tagger if self.is_tagger else self.hear_model
-        second = [encode(audio) for audio in as_mono(audios, rate, self.rate)]
-        return torch.cat([self.clap.embed_audio(audios, rate), torch.stack(second), text], 1)
+        second = torch.stack([encode(audio) for audio in audios])
+        return torch.cat([self.clap.embed_audio(audios, self.rate), second, text], 1)
 
     def hear_model(self, audio):
         """One clip (samples,), so that there is no padding to mask -> (width,)."""

@@ -310,7 +310,7 @@ def load_scores(name, device):
 
 
 def best_audios(scores, audios, prompts, count):
-    """Of each `count` clips in a row the one with the highest reward (paper A.3); NaN never wins."""
+    """Of each `count` clips in a row the best by reward (paper A.3); all NaN: the first."""
     best = []
     for place, rewards in enumerate(torch.as_tensor(scores).split(count)):      # (N,)
         index = place * count + rewards.nan_to_num(-torch.inf).argmax().item()

@@ -33,9 +33,9 @@ from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_f
                         draw_log, flag, generator, mean_over_ranks, parse_flags, relative_to_here,
                         run_main, start_ranks, wait_for_ranks)
 from lib.text import Condition, load_text_encoder, null_score, null_tokens
-from lib.weights import (gamma_of, learning_rate, load_state, make_optimizer, muon_takes,
-                         power_decay, save_state, save_tensors, set_rate, start_averages, trainable,
-                         trim_log, update_averages, weights_replaced)
+from lib.weights import (learning_rate, load_state, make_optimizer, muon_takes, save_state,
+                         save_tensors, set_rate, start_averages, trainable, trim_log,
+                         update_averages, weights_replaced)
 from model import PRESETS, SCORE_HEADS, TangoFlux, load_model, save_model, with_score_head
 from vae import load_codec
 
@@ -212,7 +212,7 @@ def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_s
 
 
 def validation_batches(data, codec, count, size=64):
-    """The fixed grid: the first rows, noise of its own, no dropout, t at logit-normal quantiles."""
+    """A fixed grid: first rows, own noise, no dropout, t logit-normal(0, 1), not --t_mean's."""
     rows = data.rows[:count]
     n = len(rows)
     shape = data.cache.mean.shape[1:]                                           # (L, C)
@@ -351,7 +351,7 @@ def train(**settings):
     out = Path(args.out)
     began = time.monotonic()
     rank, args.processes, device = start_ranks(args.device)
-    autocast = autocast_for(args.dtype, device, print if rank == 0 else str)    # str: is silent
+    autocast = autocast_for(args.dtype, device, print if rank == 0 else lambda line: None)
 
     # model, data, and averages of what is trained
     flow, codec, encoder, data, held = load_all(args, rank, device)
@@ -362,8 +362,8 @@ def train(**settings):
     optimizer = make_optimizer(parameters, betas, args.weight_decay, args.muon, muon_takes)
     widths = args.sigma_rel or []
     averages, memory = start_averages(parameters, widths)
-    chosen = averages[widths[0] if args.save_weights == "power" else ""]
-    published = parameters if args.save_weights == "raw" else chosen
+    average = averages[widths[0] if args.save_weights == "power" else ""]
+    saved = parameters if args.save_weights == "raw" else average
 
     # resume
     decisive = decisive_settings(args, data)
@@ -378,7 +378,7 @@ def train(**settings):
     out_of_time, losses = torch.zeros(1, device=device), []
     while True:
         last = step == args.steps or bool(out_of_time)
-        # log
+        # log what the last step left; a run that has just resumed has nothing to log
         validates = last or step % args.val_every == 0
         if rank == 0 and (losses or step == 0) and (validates or step % args.log_every == 0):
             row = {"step": step, "minutes": minutes}
@@ -400,9 +400,9 @@ def train(**settings):
         if rank == 0 and step and (last or step % args.save_every == 0):
             save_state(out, parameters, optimizer, memory, step, decisive, minutes)
             record = {"training": relative_to_here(vars(args)) | decisive}
-            with weights_replaced(parameters, published):
+            with weights_replaced(parameters, saved):
                 save_model(out, flow=flow, text=trained_text, extra=record)
-            save_tensors(out / "ema.safetensors", chosen)
+            save_tensors(out / "ema.safetensors", average)
         if last:
             return rank, out, step, args.steps
 
@@ -428,7 +428,8 @@ def train(**settings):
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip or math.inf).item()
         losses.append(loss.item())
         if not math.isfinite(losses[-1] + norm):
-            raise UserError(f"step {step}: the loss is {losses[-1]:g}; lower --learning_rate")
+            at = f"step {step}: loss {losses[-1]:g}, gradient norm {norm:g}"
+            raise UserError(f"{at}; lower --learning_rate")
         optimizer.step()
         step += 1
         update_averages(averages, parameters, step, args.ema)

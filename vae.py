@@ -62,7 +62,7 @@ FLAGS = {"codec": [
     flag("--max_minutes", 60.0, "minutes of this command, which then goes on", 0, 1e9),
     flag("--log_every", 50, "steps between validations", 1),
     flag("--save_every", 100, "steps between saved states", 1), DEVICE]}
-MAY_CHANGE = ("out", "max_minutes", "log_every", "save_every", "device", "debug", "train_steps")
+MAY_CHANGE = ("out", "max_minutes", "log_every", "save_every", "device", "debug")
 
 
 # ------------------------------------------------------------------------- codecs on disk
@@ -267,7 +267,7 @@ def main():
 
     # resume
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    settings["steps"] = args.train_steps                # its name in state.pt
+    settings["steps"] = settings.pop("train_steps")     # its name in state.pt
     betas = args.beta1, args.beta2
     optimizer = torch.optim.AdamW(codec.parameters(), betas=betas, weight_decay=0)
     step, minutes = load_state(args.out, codec.state_dict(), optimizer, {}, settings,

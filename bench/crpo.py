@@ -64,7 +64,7 @@ def ours(folder, model, clap, prompts, settings, steps):
     clock = Clock()
     count, device = settings.num_samples, torch.device("cpu")
     rows = [row for row in prompts for _ in range(count)]
-    sampler = crpo.sampler_of(settings, device)
+    sampler = crpo.sampler_of(settings)
     latents = crpo.make_candidates(folder, model, rows, 0, sampler, settings.save_clips)
     clock("generate")
     scored = crpo.score_candidates(folder, model, rows, latents, {"reward": clap}, {},

@@ -32,10 +32,15 @@ ORDER = [name for row in (
     "bench.official bench.crpo bench.full_size") for name in row.split()]
 
 
+@lru_cache(maxsize=None)
 def sources(root=ROOT):
     """The Python files outside of tests: {dotted name: path}."""
-    paths = [path for path in Path(root).rglob("*.py") if not {"tests", ".venv", ".git"} & set(path.relative_to(root).parts)]
-    return {".".join(path.relative_to(root).with_suffix("").parts): path for path in sorted(paths)}
+    root, found = Path(root), {}
+    for path in sorted([*root.glob("*.py"), *root.glob("[!.]*/**/*.py")]):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] != "tests":
+            found[".".join(parts)] = path
+    return found
 
 
 @lru_cache(maxsize=None)

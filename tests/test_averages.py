@@ -4,20 +4,19 @@ import pytest
 import torch
 from test_train_fm import of_scored, run, same, tiny  # noqa: F401  (a fixture)
 
-import train_fm
-from lib.weights import load_tensors
+from lib.weights import gamma_of, load_tensors, power_decay
 
 
 def test_gamma_has_the_width_and_decay_makes_the_profile():
     for sigma in (0.001, 0.02, 0.05, 0.1, 0.2, 0.2886):
-        gamma = train_fm.gamma_of(sigma)
+        gamma = gamma_of(sigma)
         assert gamma > -1e-3
         assert ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5 == pytest.approx(sigma, rel=1e-9)
-    assert train_fm.gamma_of(0.05) == pytest.approx(16.97, abs=0.01)              # EDM2's table
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.01)              # EDM2's table
     gamma, steps, weights = 3.0, 400, np.zeros(401)
     for step in range(1, steps + 1):                                              # which share step k has at the end
-        weights *= train_fm.power_decay(step, gamma)
-        weights[step] = 1 - train_fm.power_decay(step, gamma)
+        weights *= power_decay(step, gamma)
+        weights[step] = 1 - power_decay(step, gamma)
     assert weights[1:] == pytest.approx(np.diff((np.arange(steps + 1) / steps) ** (gamma + 1)), abs=1e-12)
 
 
@@ -29,7 +28,7 @@ def test_a_run_stores_the_average_of_its_weights(tiny, tmp_path):  # noqa: F811
     for step in range(1, 5):
         state = run(of_scored(tiny, tmp_path / "run", **more, snapshot_every=1, max_minutes=0))
         for width in widths:
-            decay = train_fm.power_decay(step, train_fm.gamma_of(width))
+            decay = power_decay(step, gamma_of(width))
             expected[width] = decay * expected[width] + (1 - decay) * state["weights"][name].double()
             stored = load_tensors(tmp_path / "run" / "averages" / f"{width}_{step:09d}.safetensors")[name]
             assert torch.allclose(stored.double(), expected[width], atol=1e-6)

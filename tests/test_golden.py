@@ -359,10 +359,10 @@ class Goldens:
         return {"kinds": list(sounds.DEGRADATIONS), "rows": rows, "quality": quality}
 
     def averages():
-        gammas, kept = [train_fm.gamma_of(width) for width in (0.05, 0.1, 0.25)], {"w": torch.zeros(3)}
+        gammas, kept = [weights.gamma_of(width) for width in (0.05, 0.1, 0.25)], {"w": torch.zeros(3)}
         for step in range(1, 6):
-            weights.update_average(kept, {"w": torch.full((3,), 1.0 * step)}, train_fm.power_decay(step, gammas[1]))
-        decays = [train_fm.power_decay(step, gammas[1]) for step in (1, 2, 10, 100)]
+            weights.update_average(kept, {"w": torch.full((3,), 1.0 * step)}, weights.power_decay(step, gammas[1]))
+        decays = [weights.power_decay(step, gammas[1]) for step in (1, 2, 10, 100)]
         return {"gammas": gammas, "decays": decays, "updated": kept["w"]}
 
     def numbers():

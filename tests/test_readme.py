@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+from functools import lru_cache
 
 import pytest
 from conftest import PICTURES, ROOT
@@ -34,6 +35,7 @@ def shown(text):
             yield match[1], (match[2] or "").strip()
 
 
+@lru_cache(maxsize=None)
 def commands():
     """All of them, as (where they stand, module, arguments)."""
     found = []

@@ -250,7 +250,7 @@ def test_wrong_input_is_one_line(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "x" / "tangoflux.safetensors").exists()
     monkeypatch.setattr(train_fm, "batch_loss", lambda flow, encoder, batch, *_: (
         flow.fc[0].weight.sum() * math.nan, torch.full((len(batch.t),), math.nan)))
-    with pytest.raises(UserError, match="step 0: the loss is nan"):
+    with pytest.raises(UserError, match="step 0: loss nan"):
         run(of_tiny(tiny, tmp_path / "nan"))
 
 
