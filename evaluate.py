@@ -300,7 +300,7 @@ def sampled(model, asked, sampler, rate=SAMPLE_RATE, samples=CLIP_SAMPLES, cut=T
 
 def folder_rows(folder, count):
     """The first `count` sounds of a folder as rows. Raises UserError if there are fewer."""
-    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in SOUND_SUFFIXES]
+    files = [path for path in sorted(Path(folder).glob("*")) if path.suffix in SOUND_SUFFIXES]
     if len(files) < count:
         raise UserError(f"{folder} holds {len(files)} sounds for {count} prompts; lower --prompts")
     return [{"audio": path} for path in files[:count]]

@@ -8,8 +8,7 @@ After the official code (declare-lab/TangoFlux on diffusers' Flux blocks), under
 names, the misspelt `duration_emebdder` included, so that official weights load. Where we differ:
   - `Condition.mask` hides a row's text padding from attention; in the official code (mask=None)
     every row attends to its padding, and its result depends on the other prompts of the batch;
-  - the number of audio tokens comes from the latents, not from `audio_seq_len`;
-  - initialisation: see `init_weights`.
+  - the number of audio tokens comes from the latents, not from `audio_seq_len`.
 The paper says 515M parameters; the official layout has 518,009,536.
 Letters: B batch, L latent frames, C latent channels, S text tokens (S+1 with the duration token),
 M blocks, N all tokens, D width, H heads, A width of a head, T width of the text encoder.
@@ -60,16 +59,17 @@ class ModelConfig:
         """The config in a dict; its other keys (vae, references) are left out. Raises UserError."""
         self = cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
         with reading("config.json", "take the config.json of a model folder"):
-            sizes = [name for name, field in cls.__dataclass_fields__.items() if field.type is int]
-            for name in sizes:
+            right = {"max_duration": 0 < self.max_duration < math.inf,
+                     "text_encoder_name": isinstance(self.text_encoder_name, str),
+                     "score_head": self.score_head in (None, *SCORE_HEADS)}
+            for name, field in cls.__dataclass_fields__.items():
                 low, high = (0, 1000) if "_layers" in name else (1, 100_000)
                 value = getattr(self, name)
-                if not isinstance(value, int) or not low <= value <= high:
+                whole = isinstance(value, int) and low <= value <= high
+                if not right.get(name, field.type is not int or whole):
                     raise ValueError(f"{name} is {value!r}")
             if sum(self.axes_dims_rope) != self.attention_head_dim:
                 raise ValueError("axes_dims_rope does not add up to attention_head_dim")
-            if self.score_head not in (None, *SCORE_HEADS):
-                raise ValueError(f"score_head is {self.score_head!r}")
         return self
 
     def to_dict(self):

@@ -97,7 +97,7 @@ def value_of(text, kind, low, high):
     except (ValueError, OverflowError):
         wanted = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-    if low is None and high is None:
+    if kind not in (int, float):
         return value
     lowest = -math.inf if low is None else low
     highest = math.inf if high is None else high
