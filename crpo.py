@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import read_pairs
+from data import read_pairs, read_prompts
 from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
                         check_writable, choose_device, draw_log, flag, generator, parse_flags, pick,
@@ -49,7 +49,7 @@ from lib.weights import (average_decay, copy_weights, learning_rate, links, load
                          save_tensors, set_rate, trainable, trim_log, update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
 from reward import JUDGE, REWARD, make_pairs
-from sample import Sampling, decode, prompt_pool, sample_latents
+from sample import Sampling, decode, default_duration, sample_latents
 from train_fm import (Batch, epoch_order, flow_matching_loss, interpolate, logit_normal_t,
                       text_condition)
 from vae import encode_pairs
@@ -310,6 +310,20 @@ def sampler_of(flags):
     """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C)."""
     sampling = Sampling(flags.steps, flags.guidance_scale, score=flags.score)
     return partial(sample_latents, sampling=sampling, batch_size=flags.generation_batch)
+
+
+def prompt_pool(prompt_file, size, count, max_duration):
+    """What `count` prompts are drawn from: rows of a file, or of `size` training scenes."""
+    if prompt_file:
+        rows = read_prompts(prompt_file)
+    else:
+        scenes = map(World("train", seed="crpo").scene, range(size))
+        rows = [{"prompt": scene.prompt, "duration": scene.duration} for scene in scenes]
+    if len(rows) < count:
+        raise UserError(f"--prompts {count} is more than the {len(rows)} of the pool")
+    for row in rows:
+        row["duration"] = min(row["duration"] or default_duration(max_duration), max_duration)
+    return rows
 
 
 def draw_prompts(folder, pool, count, seed, iteration):

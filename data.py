@@ -2,7 +2,7 @@
 
     python data.py --split test --pairs unseen         # scenes of the test: WAVs, captions, picture
     python data.py --degraded 1 --out preview_damaged  # scenes with noise, clipping, ...
-    python data.py --data sounds/captions.jsonl        # what a model would hear of your recordings
+    python data.py --data sounds/captions.jsonl        # what the toy would hear of your recordings
 
 A manifest is a .jsonl, .json or .csv file, a clip a row, with the columns (or TangoFlux's)
     audio (location)       path of the sound file, relative to the manifest or --audio_dir
@@ -17,6 +17,7 @@ Letters: N clips, B batch, L latent frames, C latent channels, S text tokens, T 
 """
 import csv
 import hashlib
+import json
 import math
 import os
 from dataclasses import asdict
@@ -56,17 +57,13 @@ FLAGS = {"preview": [
          choices=["seen", "unseen", "all"]),
     flag("--degraded", 0.0, "share of scenes with noise, clipping, band limit, ...", 0, 1),
     flag("--seed", 0, "seed of the scenes"),
-], "your own audio": DATA_FLAGS, "how a model would hear it": [
-    flag("--sampling_rate", 16000, "Hz (paper: 44100)", 1000, 384000),
-    flag("--channels", 1, "channels (paper: 2)", choices=[1, 2]),
-    flag("--max_duration", 4.096, "seconds (paper: 30)", 0.1, 600)]}
+], "your own audio": DATA_FLAGS}
 
-FORMAT = 1                  # raise it when the layout of a cache changes: older ones are refused
 COLUMNS = {                 # names of a column: this project's, then TangoFlux's (Audio-Alpaca's)
     "audio": ("audio", "location"), "caption": ("caption", "captions"),
     "prompt": ("prompt", "captions", "caption"),
     "winner": ("winner", "chosen"), "loser": ("loser", "reject", "rejected")}
-LOWEST = {"duration": 0, "score": -math.inf}        # the columns of numbers, which are optional
+NUMBERS = {"duration": 0, "score": -math.inf}       # optional columns, and what they must exceed
 SOUND_SUFFIXES = ".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .w64".split()
 
 
@@ -74,12 +71,17 @@ SOUND_SUFFIXES = ".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .w64".split()
 
 def read_table(path):
     """Rows (dicts) of a .csv file, or of JSON: a list, or an object a line."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".jsonl", ".json", ".csv"):
+        raise UserError(f"{path} is no manifest: it must be a .jsonl, .json or .csv file")
     with reading(path):
         text = Path(path).read_text(encoding="utf-8-sig")
-        if str(path).lower().endswith(".csv"):
+        if suffix == ".csv":
             rows = list(csv.DictReader(text.splitlines(keepends=True)))
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)
         else:
-            rows = read_json(path) if text.lstrip().startswith("[") else read_jsonl(path)
+            rows = read_jsonl(path)
     if not rows:
         raise UserError(f"manifest {path} holds no rows; write a JSON object or CSV line per clip")
     for number, row in enumerate(rows, 1):
@@ -90,32 +92,29 @@ def read_table(path):
 
 
 def read_cell(row, what, key):
-    """The text in a cell, of a list the first; of LOWEST a number or None. Raises ValueError."""
+    """The text in a cell, of a list the first; of NUMBERS one or None. Raises ValueError."""
     value = row.get(key)
-    if what not in LOWEST:
-        text = value[0] if value and isinstance(value, list) else value
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"it has no {key}")
-        return text.strip()
-    if value in (None, ""):
-        return None
-    number = float(value)
-    if not LOWEST[what] < number < math.inf:
-        raise ValueError(f"its {key} is {number}")
-    return number
+    if what in NUMBERS:
+        number = None if value in (None, "") else float(value)
+        if number is not None and not NUMBERS[what] < number < math.inf:
+            raise ValueError(f"its {key} is {number}")
+        return number
+    if value and isinstance(value, list):
+        value = value[0]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"it has no {key}")
+    return value.strip()
 
 
-def read_cells(path, table, asked):
+def read_cells(path, table, asked, remedy):
     """The rows of a table with the cells of `asked` {what: name of its column, or None} alone."""
     columns = set().union(*table)
     keys = {}
     for what, key in asked.items():
         names = (key,) if key else COLUMNS.get(what, (what,))
-        there = [name for name in names if name in columns]
-        if not there and (key or what not in LOWEST):
-            raise UserError(f"manifest {path} has no column {' or '.join(names)}; name the one "
-                            f"that it has with --{what}_key")
-        keys[what] = there[0] if there else None
+        keys[what] = next((name for name in names if name in columns), None)
+        if keys[what] is None and (key or what not in NUMBERS):
+            raise UserError(f"manifest {path} has no column {' or '.join(names)}; {remedy}")
     rows = []
     for number, row in enumerate(table, 1):
         with reading(f"manifest {path} row {number}", "mend or delete it"):
@@ -123,20 +122,19 @@ def read_cells(path, table, asked):
     return rows
 
 
-def add_audiocaps_paths(path, rows, folder):
+def add_audiocaps_paths(rows, folder):
     """Set "audio" of each row of an AudioCaps table: the file below `folder` that its ids name,
     or the path that it would have, to be named as missing."""
-    paths = sorted(Path(folder).rglob("*"), reverse=True)
-    files = {file.stem: str(file) for file in paths if file.suffix.lower() in SOUND_SUFFIXES}
+    files = {}
+    for file in sorted(Path(folder).rglob("*"), reverse=True):
+        if file.suffix.lower() in SOUND_SUFFIXES:
+            files[file.stem] = str(file)
     for row in rows:
         video = row.get("youtube_id") or ""
         clip = str(row.get("audiocap_id") or "")
         stems = [f"{video}_{row.get('start_time')}", video, f"Y{video}", clip]      # Y: AudioSet's
         known = [files[stem] for stem in stems if stem in files]
-        row["audio"] = known[0] if known else os.path.join(folder, f"{video or clip}.wav")
-    if not any(os.path.isfile(row["audio"]) for row in rows):
-        raise UserError(f"no sound file named by an id of {path} lies below {folder}; name their "
-                        "folder with --audio_dir")
+        row["audio"] = known[0] if known else f"{video or clip}.wav"
 
 
 def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, score_key=None,
@@ -145,13 +143,12 @@ def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, sco
     are relative to `audio_dir`, else the manifest's folder, or (official) the working folder."""
     table = read_table(path)
     folder = os.path.abspath(audio_dir or Path(path).parent)
-    if not os.path.isdir(folder):
-        raise UserError(f"--audio_dir {audio_dir} is not a folder")
     columns = table[0].keys()
     if columns & {"youtube_id", "audiocap_id"} and not columns & {audio_key, *COLUMNS["audio"]}:
-        add_audiocaps_paths(path, table, folder)
-    rows = read_cells(path, table, {"audio": audio_key, "caption": caption_key,
-                                    "duration": duration_key, "score": score_key})
+        add_audiocaps_paths(table, folder)
+    asked = {"audio": audio_key, "caption": caption_key, "duration": duration_key,
+             "score": score_key}
+    rows = read_cells(path, table, asked, "name its own by --audio_key, --caption_key, ...")
     for row in rows:
         place = os.path.join(folder, row["audio"])
         if os.path.exists(row["audio"]) and not os.path.exists(place):
@@ -160,12 +157,30 @@ def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, sco
     return rows
 
 
+def read_prompts(path):
+    """Rows {"prompt", "duration": seconds or None} of a .txt or .jsonl file. Raises UserError."""
+    with reading(path, 'write a prompt a line, or rows like {"prompt": "...", "duration": 3.0}'):
+        if Path(path).suffix.lower() == ".jsonl":
+            rows = read_jsonl(path)
+        else:
+            lines = map(str.strip, Path(path).read_text(encoding="utf-8-sig").splitlines())
+            rows = [{"prompt": line} for line in lines if line]
+        rows = [{"prompt": row["prompt"], "duration": row.get("duration")} for row in rows]
+        for row in rows:
+            if not isinstance(row["prompt"], str) or not 0 < (row["duration"] or 1) < math.inf:
+                raise ValueError(f"a row is {row}")
+        if not rows:
+            raise ValueError("it has no prompt in it")
+    return rows
+
+
 def check_left(left, rows, need, why):
     """Warn if fewer than all `rows` are `left`, and why. UserError if none is: none has `need`."""
-    if not len(left):
-        raise UserError(f"none of the {len(rows)} rows has {need}")
-    if len(left) < len(rows):
-        warn(f"{len(rows) - len(left)} of {len(rows)} rows skipped: {why}")
+    count = len(rows)
+    if len(left) == 0:
+        raise UserError(f"none of the {count} rows has {need}")
+    if len(left) < count:
+        warn(f"{count - len(left)} of {count} rows skipped: {why}")
 
 
 def usable_rows(rows):
@@ -180,7 +195,8 @@ def usable_rows(rows):
             if len(bad) <= 20:
                 warn(f"{error}; skipped")
     usable = [row for row in rows if row["audio"] not in bad]
-    check_left(usable, rows, "a usable sound file", f"{len(bad)} bad sound files")
+    check_left(usable, rows, "a usable sound file; name their --audio_dir",
+               f"{len(bad)} bad sound files")
     return usable
 
 
@@ -218,8 +234,8 @@ def read_pairs(path, audio_dir=None):
     """A static preference set -> rows {"prompt", "duration" or None, "winner", "loser": paths}.
     Rows whose sounds are missing or the same are left out. Raises UserError if none remains."""
     folder = Path(audio_dir or Path(path).parent)
-    wanted = dict.fromkeys(("prompt", "duration", "winner", "loser"))
-    rows = read_cells(path, read_table(path), wanted)
+    asked = dict.fromkeys(("prompt", "duration", "winner", "loser"))
+    rows = read_cells(path, read_table(path), asked, "rename its own")
     pairs = []
     for row in rows:
         for side in ("winner", "loser"):
@@ -246,7 +262,7 @@ class Cache(NamedTuple):
 
 def check_fresh(place, found, wanted):
     """Raise UserError naming a setting in which a cache differs from what is asked for."""
-    for name in {**wanted, **found}:
+    for name in found | wanted:
         there, now = found.get(name), wanted.get(name)
         if there != now:
             raise UserError(f"the cache {place} is stale: {name} {there!s:.40} there, {now!s:.40} "
@@ -256,24 +272,15 @@ def check_fresh(place, found, wanted):
 def open_cache(folder):
     """Open a complete cache. Raises UserError if it is missing or incomplete."""
     folder = Path(folder)
-    if not (folder / "settings.json").is_file():
-        raise UserError(f"there is no latent cache in {folder}")
-    settings = read_json(folder / "settings.json", dict)
-    rows = read_jsonl(folder / "rows.jsonl")
     with reading(folder, "delete it, and it is made anew"):
+        settings = read_json(folder / "settings.json", dict)
+        rows = read_jsonl(folder / "rows.jsonl")
         mean = np.load(folder / "mean.npy", mmap_mode="r")
         std = np.load(folder / "std.npy", mmap_mode="r")
-    if len(rows) < len(mean):
-        raise UserError(f"the cache {folder} is incomplete ({len(rows)} of {len(mean)} clips)")
+        if len(rows) < len(mean):
+            raise ValueError(f"it is incomplete ({len(rows)} of {len(mean)} clips)")
     kept = [i for i, row in enumerate(rows) if "error" not in row]
     return Cache(folder, mean, std, rows, np.array(kept, dtype=np.int64), settings_key(settings))
-
-
-def write_block(path, where, block):
-    """Put the tensor `block` to the places `where` of an array; it is on the disk afterwards."""
-    array = open_memmap(path, "r+")
-    array[where] = block.float().cpu().numpy()
-    array.flush()
 
 
 @torch.no_grad()
@@ -283,7 +290,7 @@ def build(folder, settings, codec, samples, items, function, workers, batch):
     samples) and rows; the slot of a row with the key "error" stays zero."""
     folder = Path(folder)
     device = codec.latent_mean.device
-    settings = {**settings, "format": FORMAT, "codec weights": module_hash(codec),
+    settings = {**settings, "format": 1, "codec weights": module_hash(codec),
                 "codec config": codec.config, "sampling rate": codec.sampling_rate,
                 "channels": codec.audio_channels, "samples": samples}
     names = folder / "mean.npy", folder / "std.npy"
@@ -297,19 +304,23 @@ def build(folder, settings, codec, samples, items, function, workers, batch):
         for name in names:
             open_memmap(name, "w+", np.float16, (len(items), *shape))
         write_json(state, settings)                         # last: then the arrays are there
+
     done = len(whole_blocks(log, batch, len(items)))
+    if done == len(items):
+        return open_cache(folder)
+    arrays = [open_memmap(name, "r+") for name in names]
     jobs = [items[start:start + batch] for start in range(done, len(items), batch)]
-    if jobs:
-        make = partial(function, codec.sampling_rate, codec.audio_channels, samples)
-        for audio, rows in in_workers(make, jobs, workers, f"encode {folder}", f" x {batch}"):
-            good = [i for i, row in enumerate(rows) if "error" not in row]
-            if good:
-                posterior = codec.encode(audio[good].to(device))    # two of (B, L, C)
-                for name, part in zip(names, posterior):
-                    write_block(name, np.add(good, done), part)
-            for row in rows:                                # last: they say what is complete
-                append_jsonl(log, row)
-            done += len(rows)
+    make = partial(function, codec.sampling_rate, codec.audio_channels, samples)
+    for audio, rows in in_workers(make, jobs, workers, f"encode {folder}", f" x {batch}"):
+        good = [i for i, row in enumerate(rows) if "error" not in row]
+        if good:
+            posterior = codec.encode(audio[good].to(device))        # two of (B, L, C)
+            for array, part in zip(arrays, posterior):
+                array[np.add(good, done)] = part.float().cpu().numpy()
+                array.flush()
+        for row in rows:                                    # last: they say what is complete
+            append_jsonl(log, row)
+        done += len(rows)
     return open_cache(folder)
 
 
@@ -364,37 +375,25 @@ def manifest_cache(folder, codec, manifest, rows, samples, crop="center", worker
 @torch.no_grad()
 def text_cache(cache, encoder, ids, mask, max_length, batch=64):
     """Hidden states of ids, mask (N, S) by a frozen encoder -> (tokens, T) float16, offsets (N+1,):
-    row i is hidden[offsets[i]:offsets[i + 1]]. Beside the latents, resumable, refused if stale."""
+    row i is hidden[offsets[i]:offsets[i + 1]]. They lie beside the latents; stale: UserError."""
     path = cache.folder / "text.npy"
     state = path.with_suffix(".json")
     settings = {"text encoder": module_hash(encoder), "max length": max_length,
-                "latents": cache.key}
+                "latents": cache.key, "done": len(ids)}
     offsets = np.append(0, mask.sum(1).cumsum(0).numpy())
-    found = read_json(state, dict) if state.is_file() else dict(settings)
-    done = found.pop("done", 0)
-    check_fresh(path, found, settings)
-    if done == 0:
-        open_memmap(path, "w+", np.float16, (int(offsets[-1]), encoder.width)).flush()
-    for start in tqdm(range(done, len(ids), batch), f"text {cache.folder}", delay=2, disable=None):
+    if state.is_file():
+        check_fresh(path, read_json(state, dict), settings)
+        return np.load(path, mmap_mode="r"), offsets
+    hidden = open_memmap(path, "w+", np.float16, (int(offsets[-1]), encoder.width))
+    for start in tqdm(range(0, len(ids), batch), f"text {cache.folder}", delay=2, disable=None):
         own = mask[start:start + batch]
         own = own[:, :own.sum(1).max()]                             # (B, S)
         stop = start + len(own)
         states = encoder.encode(ids[start:stop, :own.shape[1]], own).cpu()  # (B, S, T)
-        write_block(path, slice(offsets[start], offsets[stop]), states[own])
-        write_json(state, {**settings, "done": stop})
-    return np.load(path, mmap_mode="r"), offsets
-
-
-class Joined:
-    """Arrays of rows (N, ...) one behind the other, read by row numbers (B,) -> (B, ...)."""
-
-    def __init__(self, first, second):
-        self.first, self.second = first, second
-        self.shape = (len(first) + len(second), *first.shape[1:])
-
-    def __getitem__(self, rows):
-        count = len(self.first)
-        return np.stack([self.first[i] if i < count else self.second[i - count] for i in rows])
+        hidden[offsets[start]:offsets[stop]] = states[own].numpy()
+    hidden.flush()
+    write_json(state, settings)                             # last: then the states are there
+    return hidden, offsets
 
 
 def with_experts(cache, folder):
@@ -407,9 +406,10 @@ def with_experts(cache, folder):
     if latents.shape != wanted:
         raise UserError(f"{path} holds latents {latents.shape}, not {wanted}: another model's")
     key = settings_key({"latents": cache.key, "experts": file_hash(path)})
-    std = Joined(cache.std, np.zeros_like(latents))
-    kept = np.append(cache.kept, range(len(cache.rows), len(cache.rows + rows)))
-    return Cache(cache.folder, Joined(cache.mean, latents), std, cache.rows + rows, kept, key)
+    mean = np.concatenate([cache.mean, latents])                    # (N + K, L, C), in memory
+    std = np.concatenate([cache.std, np.zeros_like(latents)])
+    kept = np.append(cache.kept, range(len(cache.rows), len(mean)))
+    return Cache(cache.folder, mean, std, cache.rows + rows, kept, key)
 
 
 class Data(NamedTuple):
@@ -449,39 +449,33 @@ def gather(data, chosen):
 
 def default_folder(data, name="train"):
     """Where a cache lies by default: by the manifest's folder and name, or the world's split."""
-    path = Path(data or "").resolve()
-    return Path("cache") / (f"{path.parent.name}_{path.stem}" if data else f"world_{name}")
+    if not data:
+        return Path("cache") / f"world_{name}"
+    path = Path(data).resolve()
+    return Path("cache") / f"{path.parent.name}_{path.stem}"
 
 
 def main():
     args = parse_flags(__doc__, FLAGS)
     out = Path(args.out)
-    rows = []
-    audios = []
+    kind = SAMPLE_RATE, 1, CLIP_SAMPLES                     # what the toy hears
 
-    # a manifest's clips as a model hears them, or scenes with their truth
+    # a manifest's clips, or scenes with their truth
     if args.data:
-        rate = args.sampling_rate
-        samples = round(args.max_duration * rate)
-        for row in read_rows(args)[:args.count]:
-            audio, duration = load_clip(row, rate, args.channels, samples, args.crop)
-            rows.append({"prompt": row["caption"], "duration": round(duration, 3),
-                         "score": row["score"], "source": row["audio"]})
-            audios.append(audio)
+        audios, rows = read_batch(args.crop, *kind, read_rows(args)[:args.count])
     else:
-        rate = SAMPLE_RATE
         world = World(args.split, args.seed, args.pairs, args.degraded)
-        audios, rows = render_batch(world, rate, 1, CLIP_SAMPLES, range(args.count))
+        audios, rows = render_batch(world, *kind, range(args.count))
 
     # WAVs, a manifest of them, and a picture of the first (more are too small to read)
     for number, (row, audio) in enumerate(zip(rows, audios)):
         name = f"{number:04d}.wav"
-        write_wav(out / name, audio, rate)
-        print(f"{name}  {row['duration']:.2f} s  {row['prompt']}")
-        rows[number] = {"audio": name, "caption": row.pop("prompt"), **row}
+        write_wav(out / name, audio, SAMPLE_RATE)
+        print(f"{name}  {row['duration'] or 0:.2f} s  {row['prompt']}")
+        rows[number] = {"caption": row.pop("prompt"), **row, "audio": name}
     write_jsonl(out / "captions.jsonl", rows)
     captions = [row["caption"] for row in rows]
-    save_spectrogram(out / "spectrograms.png", audios[:16], captions, rate)
+    save_spectrogram(out / "spectrograms.png", audios[:16], captions, SAMPLE_RATE)
     print(f"wrote {len(rows)} WAV files and captions.jsonl to {out}")
     print("next: python train_fm.py trains on such scenes, with --data MANIFEST on your own clips")
 

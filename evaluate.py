@@ -128,11 +128,6 @@ def judged(path, judges, clips_of, scenes):
     if not Path(path).is_file():
         found = judges.judge(clips_of(), scenes)
         save_tensors(path, {name: torch.from_numpy(array) for name, array in found.items()})
-    return load_judged(path)
-
-
-def load_judged(path):
-    """The judged set that `judged` kept."""
     return {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
 
 
@@ -323,11 +318,15 @@ def main(argv=None):
 
     # what is asked, and the real clips; a faulty model is an error before the minutes of judging
     sources = list(dict.fromkeys([args.against, *args.checkpoint, *args.clips]))
-    flows = [load_model(each, parts=("flow",)).flow for each in sources if each not in args.clips]
+    longest = 30.0
+    for source in sources:
+        if source not in args.clips:
+            flow = load_model(source, parts=("flow",)).flow
+            longest = min(longest, flow.config["max_duration"])
     rate, samples = SAMPLE_RATE, CLIP_SAMPLES
     if args.data:
         rate = CLAP_RATE
-        samples = round(rate * min([30.0, *[flow.config["max_duration"] for flow in flows]]))
+        samples = round(rate * longest)
         rows = read_rows(args)[:args.prompts]
         real, seconds = file_clips(rows, rate, samples, args.crop)
         asked = [Asked(row["caption"], each) for row, each in zip(rows, seconds)]

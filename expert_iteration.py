@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 import train_fm
-from crpo import draw_prompts, load_policy, make_candidates, sampler_of, score_candidates
+from crpo import (draw_prompts, load_policy, make_candidates, prompt_pool, sampler_of,
+                  score_candidates)
 from lib.common import (DEVICE, DTYPE, UserError, check_settings, check_writable, choose_device,
                         derive_seed, file_hash, flag, parse_flags, read_json, read_jsonl, reading,
                         run_main, write_json, write_jsonl)
 from lib.weights import policy_hash, save_tensors
 from reward import REWARD, TrainedRanker, load_clap
-from sample import prompt_pool
 
 FLAGS = {"what it starts from": [
     flag("--checkpoint", "runs/score", "model with a score head (train_fm.py --score_column)"),

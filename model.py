@@ -59,7 +59,7 @@ class ModelConfig:
         """The config in a dict; its other keys (vae, references) are left out. Raises UserError."""
         self = cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
         with reading("config.json", "take the config.json of a model folder"):
-            right = {"max_duration": 0 < self.max_duration < math.inf,
+            right = {"max_duration": 0 < self.max_duration <= 86400,
                      "text_encoder_name": isinstance(self.text_encoder_name, str),
                      "score_head": self.score_head in (None, *SCORE_HEADS)}
             for name, field in cls.__dataclass_fields__.items():
@@ -68,8 +68,9 @@ class ModelConfig:
                 whole = isinstance(value, int) and low <= value <= high
                 if not right.get(name, field.type is not int or whole):
                     raise ValueError(f"{name} is {value!r}")
-            if sum(self.axes_dims_rope) != self.attention_head_dim:
-                raise ValueError("axes_dims_rope does not add up to attention_head_dim")
+            axes = self.axes_dims_rope
+            if sum(axes) != self.attention_head_dim or any(a < 2 or a % 2 for a in axes):
+                raise ValueError("axes_dims_rope: even widths that add up to attention_head_dim")
         return self
 
     def to_dict(self):
@@ -275,8 +276,10 @@ class DoubleBlock(nn.Module):
         self.ff, self.ff_context = feed_forward(width), feed_forward(width)
 
     def forward(self, text, audio, silu_temb, rope, visible):
-        shift, scale, gate, *mlp = self.norm1(silu_temb).unbind(1)          # (B, 1, D) each
-        text_shift, text_scale, text_gate, *text_mlp = self.norm1_context(silu_temb).unbind(1)
+        # modulations, (B, 1, D) each: three around attention, three around the MLP
+        shift, scale, gate, *around_mlp = self.norm1(silu_temb).unbind(1)
+        text_modulations = self.norm1_context(silu_temb).unbind(1)
+        text_shift, text_scale, text_gate, *around_text_mlp = text_modulations
         text_in = modulate(text, text_shift, text_scale)                    # (B, S, D)
         audio_in = modulate(audio, shift, scale)                            # (B, L, D)
         x = self.attn(audio_in, rope, visible, text_in)                     # (B, N, D)
@@ -284,8 +287,8 @@ class DoubleBlock(nn.Module):
         audio = torch.addcmul(audio, gate, self.attn.to_out[0](audio_out))
         text = torch.addcmul(text, text_gate, self.attn.to_add_out(text_out))
 
-        audio = gated(audio, *mlp, self.ff)                                 # (B, L, D)
-        text = gated(text, *text_mlp, self.ff_context)                      # (B, S, D)
+        audio = gated(audio, *around_mlp, self.ff)                          # (B, L, D)
+        text = gated(text, *around_text_mlp, self.ff_context)               # (B, S, D)
         return text, audio
 
 

@@ -58,6 +58,8 @@ SCORE_MANIFEST = {"what": [
     flag("--column", "score", "name of the new column"),
     flag("--plus", [], "COLUMN WEIGHT: a second one, score + WEIGHT * COLUMN", kind=str, nargs=2),
     DEVICE]}
+COMMANDS = {"score": ("how well audio fits a text: the cosine of CLAP's embeddings", SCORE),
+            "score_manifest": ("a column of the ranker's scores", SCORE_MANIFEST)}
 
 
 # ----------------------------------------------------------------------------- CLAP
@@ -188,9 +190,10 @@ class Ranker(nn.Module):
     def __init__(self, inputs, widths=(1024, 512, 256, 128), dropout=0.5):
         super().__init__()
         self.config = {"inputs": inputs, "widths": list(widths), "dropout": dropout}
-        for name, shape in (("", [inputs]), ("score_", [])):        # standardise both ends
-            self.register_buffer(f"{name}mean", torch.zeros(shape))
-            self.register_buffer(f"{name}std", torch.ones(shape))
+        self.register_buffer("mean", torch.zeros(inputs))           # of the training features
+        self.register_buffer("std", torch.ones(inputs))
+        self.register_buffer("score_mean", torch.zeros([]))         # of their utilities
+        self.register_buffer("score_std", torch.ones([]))
         layers = []
         for width in widths:
             linear = nn.Linear(inputs, width)
@@ -325,7 +328,7 @@ class TrainedRanker:
 
 # ----------------------------------------------------------------------------- the commands
 
-def score(audio, prompt, clap, device):
+def score(audio, prompt, clap, device, **_):
     """Print the CLAP score of each file with the prompt."""
     if not audio:
         raise UserError("--audio needs a sound file")
@@ -337,7 +340,7 @@ def score(audio, prompt, clap, device):
     print("next: python sample.py --best_of 5 lets this score choose")
 
 
-def score_manifest(data, audio_dir, ranker, out, column, plus, device):
+def score_manifest(data, audio_dir, ranker, out, column, plus, device, **_):
     """Write a manifest's usable rows with a column of scores; plus: () or (column, weight)."""
     out = Path(out or Path(data).parent / "scored.jsonl")
     if out.suffix != ".jsonl" or out.resolve() == Path(data).resolve():
@@ -364,15 +367,9 @@ def score_manifest(data, audio_dir, ranker, out, column, plus, device):
 
 
 def main(argv=None):
-    args = parse_commands(__doc__, {
-        "score": ("how well audio fits a text: the cosine of CLAP's embeddings", SCORE),
-        "score_manifest": ("a column of the ranker's scores", SCORE_MANIFEST)}, argv)
-    device = choose_device(args.device)
-    if args.command == "score":
-        score(args.audio, args.prompt, args.clap, device)
-    else:
-        score_manifest(args.data, args.audio_dir, args.ranker, args.out, args.column, args.plus,
-                       device)
+    flags = vars(parse_commands(__doc__, COMMANDS, argv))
+    flags["device"] = choose_device(flags["device"])
+    {"score": score, "score_manifest": score_manifest}[flags.pop("command")](**flags)
 
 
 if __name__ == "__main__":

@@ -27,17 +27,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data import read_prompts
 from lib.audio import normalise_loudness, save_spectrogram, write_wav
 from lib.common import (ALIGNED, BASE, DEVICE, DTYPE, UserError, check_writable, choose_device,
-                        choose_dtype, flag, generator, need, parse_flags, pick, read_jsonl, reading,
-                        run_main, side_by_side, warn)
+                        choose_dtype, flag, generator, need, parse_flags, pick, reading, run_main,
+                        side_by_side, warn)
 from lib.fast import quicken
 from lib.text import (concat_conditions, encode_prompts, moved, null_condition,
                       warn_of_unknown_words, well_formed)
 from lib.weights import model_folder, resolve
 from model import ModelConfig, load_model
 from vae import codec_place
-from world.scenes import World
 from world.sounds import EVENT_NAMES
 
 # the second paper's submissions (III-E): guidance on text and a score beyond the training's
@@ -128,6 +128,8 @@ def guided_velocity(flow, condition, null, guidance_scale):
     alone. A score is guided jointly with the text (second paper, Eq. 2).
     """
     both = condition if null is None else concat_conditions(null, condition)
+    if both.mask is not None and both.mask.all():           # attention is quicker without a mask
+        both = both._replace(mask=None)
     text, *others = flow.condition_inputs(both)             # (2B, S+1, T), the same at every step
 
     def velocity_fn(x, t):
@@ -162,14 +164,12 @@ def encode_conditions(text, prompts, durations, sampling=Sampling(), batch_size=
         rows = slice(start, start + batch_size)
         seconds = torch.tensor(durations[rows], dtype=torch.float32)            # (B,)
         score = None if sampling.score is None else torch.full_like(seconds, sampling.score)
-        both = [encode_prompts(text, prompts[rows], seconds, score)]
+        condition = encode_prompts(text, prompts[rows], seconds, score)
+        null = None
         if sampling.guidance_scale != 1:
-            both.append(null_condition(text, both[0], sampling.negative_prompt or ""))
-        mask = both[0].mask
-        if (mask is None or mask.all()) and both[0].text.shape == both[-1].text.shape:
-            both = [each._replace(mask=None) for each in both]      # attention is quicker
-        both = [moved(each, "cpu") for each in both]
-        conditions.append((*both, None)[:2])
+            null = null_condition(text, condition, sampling.negative_prompt or "")
+            null = moved(null, "cpu")
+        conditions.append((moved(condition, "cpu"), null))
     return conditions
 
 
@@ -253,37 +253,6 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
 def default_duration(max_duration):
     """Seconds where nobody says: 10 (official), or the whole seconds that the model can make."""
     return min(10.0, float(math.floor(max_duration)) or max_duration)
-
-
-def read_prompts(path):
-    """Rows {"prompt", "duration": seconds or None} of a .txt or .jsonl file. Raises UserError."""
-    with reading(path, 'write a prompt a line, or rows like {"prompt": "...", "duration": 3.0}'):
-        if Path(path).suffix.lower() == ".jsonl":
-            rows = read_jsonl(path)
-        else:
-            lines = map(str.strip, Path(path).read_text(encoding="utf-8-sig").splitlines())
-            rows = [{"prompt": line} for line in lines if line]
-        rows = [{"prompt": row["prompt"], "duration": row.get("duration")} for row in rows]
-        for row in rows:
-            if not isinstance(row["prompt"], str) or not 0 < (row["duration"] or 1) < math.inf:
-                raise ValueError(f"a row is {row}")
-        if not rows:
-            raise ValueError("it has no prompt in it")
-    return rows
-
-
-def prompt_pool(prompt_file, size, count, max_duration):
-    """What `count` prompts are drawn from: rows of a file, or of `size` training scenes."""
-    if prompt_file:
-        rows = read_prompts(prompt_file)
-    else:
-        scenes = map(World("train", seed="crpo").scene, range(size))
-        rows = [{"prompt": scene.prompt, "duration": scene.duration} for scene in scenes]
-    if len(rows) < count:
-        raise UserError(f"--prompts {count} is more than the {len(rows)} of the pool")
-    for row in rows:
-        row["duration"] = min(row["duration"] or default_duration(max_duration), max_duration)
-    return rows
 
 
 def output_paths(output, prompts):

@@ -29,9 +29,9 @@ import torch
 
 from data import (DATA_FLAGS, default_folder, gather, manifest_cache, prepare, read_rows,
                   split_rows, with_experts, world_cache)
-from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, derive_seed,
-                        draw_log, flag, generator, mean_over_ranks, parse_flags, relative_to_here,
-                        run_main, start_ranks, wait_for_ranks)
+from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_writable,
+                        derive_seed, draw_log, flag, generator, mean_over_ranks, parse_flags,
+                        relative_to_here, run_main, start_ranks, wait_for_ranks)
 from lib.text import Condition, load_text_encoder, null_score, null_tokens
 from lib.weights import (learning_rate, load_state, make_optimizer, muon_takes, save_state,
                          save_tensors, set_rate, start_averages, trainable, trim_log,
@@ -351,6 +351,8 @@ def train(**settings):
     out = Path(args.out)
     began = time.monotonic()
     rank, args.processes, device = start_ranks(args.device)
+    if rank == 0:
+        check_writable(out / "state.pt")
     autocast = autocast_for(args.dtype, device, print if rank == 0 else lambda line: None)
 
     # model, data, and averages of what is trained

@@ -7,8 +7,8 @@
 A codec has sampling_rate, audio_channels, hop (samples of a latent frame), latent_channels, and
     encode(audio (B, channels, samples)) -> mean, std (B, L, C) raw   decode(latents) -> audio
     normalise(latents), denormalise(latents)         what the flow is trained on and makes
+    example(audio), losses(examples, generator)      log-mels or audio, {name of a part: scalar}
 The mel codec (lib/mel.py) is the second paper's, small; Oobleck (lib/oobleck.py) the first paper's.
-Each names its examples (log-mels or audio), losses, error. A step follows from (seed, step).
 B batch, L latent frames, C latent channels, N examples of R rows and T columns.
 """
 import json
@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from data import DATA_FLAGS, load_clip, read_rows, split_rows
 from lib.audio import resample
-from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, choose_device, draw_log,
-                        flag, generator, parse_flags, read_json, reading, run_main, write_json)
+from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, check_writable,
+                        choose_device, draw_log, flag, generator, parse_flags, read_json, reading,
+                        run_main, write_json)
 from lib.fast import quicken_codec
 from lib.mel import MelVAE
 from lib.oobleck import OOBLECK_DEFAULTS, Oobleck
@@ -34,34 +35,33 @@ from world.scenes import World
 from world.sounds import SAMPLE_RATE
 
 CODECS = {"mel": MelVAE, "oobleck": Oobleck}
-MEL = MelVAE.TRAINING           # defaults of the flags; --codec oobleck takes Oobleck.TRAINING
 FLAGS = {"codec": [
     flag("--codec", "mel", "mel (second paper) or oobleck (first paper)", choices=list(CODECS)),
     flag("--config", None, "JSON object, or file with one, that changes the small config"),
     flag("--checkpoint", None, "folder or hub id of a trained codec to start from"),
 ], "your own audio": DATA_FLAGS, "clips": [
     flag("--seconds", 4.096, "length of a clip of --data", 0.1, 600),
-    flag("--clips", MEL["clips"], "clips kept in memory (oobleck: 512)", 1),
+    flag("--clips", 6000, "clips kept in memory (oobleck: 512)", 1),
     flag("--validation_clips", 64, "held-out clips", 1),
     flag("--degraded", 0.3, "share of spoilt scenes of the world: bad audio stays bad", 0, 1),
-    flag("--crop_seconds", MEL["crop_seconds"], "length of a crop (oobleck: 1)", 0.1, 600),
+    flag("--crop_seconds", 2.048, "length of a crop (oobleck: 1)", 0.1, 600),
 ], "training": [
-    flag("--train_steps", MEL["train_steps"], "steps (oobleck: 3000)", 1, alias="--steps"),
-    flag("--batch_size", MEL["batch_size"], "crops of a step (oobleck: 4)", 1),
-    flag("--learning_rate", MEL["learning_rate"], "peak rate (oobleck: 3e-3)", 1e-9, 10),
-    flag("--beta1", MEL["beta1"], "beta1 of AdamW (oobleck: 0.8)", 0, 0.99999),
-    flag("--beta2", 0.99, "beta2 of AdamW", 0, 0.99999),
+    flag("--train_steps", 1000, "steps (oobleck: 3000)", 1, alias="--steps"),
+    flag("--batch_size", 32, "crops of a step (oobleck: 4)", 1),
+    flag("--learning_rate", 1e-2, "peak rate (oobleck: 3e-3)", 1e-9, 10),
+    flag("--beta1", 0.9, "beta1 of AdamW (oobleck: 0.8)", 0, 0.99999),
     flag("--warmup_steps", 50, "steps of linear warm-up, before the cosine", 1),
-    flag("--max_grad_norm", 1.0, "largest gradient norm", 1e-9, 1e6),
-    flag("--kl_weight", MEL["kl_weight"], "weight of the KL term (oobleck: 1e-4)", 0, 1e6),
+    flag("--kl_weight", 1e-3, "weight of the KL term (oobleck: 1e-4, Stable Audio 2.0)", 0, 1e6),
     flag("--waveform_weight", 1.0, "weight of Oobleck's waveform L1 (official: 0)", 0, 1e6),
-    flag("--dtype", MEL["dtype"], "precision (oobleck: float32)", choices=["float32", "bfloat16"]),
+    flag("--dtype", "bfloat16", "precision (oobleck: float32)", choices=["float32", "bfloat16"]),
 ], "run": [
     flag("--out", "runs/vae", "output folder; a run found there is resumed"),
     flag("--seed", 0, "seed of weights, scenes, batches and noise", 0, 2 ** 63),
     flag("--max_minutes", 60.0, "minutes of this command, which then goes on", 0, 1e9),
     flag("--log_every", 50, "steps between validations", 1),
     flag("--save_every", 100, "steps between saved states", 1), DEVICE]}
+OOBLECK = dict(clips=512, crop_seconds=1.0, train_steps=3000, batch_size=4, learning_rate=3e-3,
+               beta1=0.8, kl_weight=1e-4, dtype="float32")      # found on eight one-second clips
 MAY_CHANGE = ("out", "max_minutes", "log_every", "save_every", "device", "debug")
 
 
@@ -77,28 +77,27 @@ def make_codec(kind, config, empty=False):
 
 
 def codec_place(name):
-    """(folder, file name, kind, config) of the codec of a folder or hub id, ours or diffusers'."""
+    """(folder, config, kind) of the codec of a folder or hub id, ours or in diffusers' layout."""
     folder = model_folder(name, ("config.json", "vae.safetensors", "vae/*"))
     for place in (folder, folder / "vae"):                      # Stable Audio Open has it in vae/
         config = read_config(place) if (place / "config.json").is_file() else {}
         if config.get("_class_name") == "AutoencoderOobleck":
             config = {key: config[key] for key in OOBLECK_DEFAULTS if key in config}
-            return place, "diffusion_pytorch_model.safetensors", "oobleck", config
+            return place, config, "oobleck"
     folder, config = resolve(folder, "vae")
     with reading(folder / "config.json", "its key vae must describe a codec"):
         config = dict(config.get("vae", {}))
     kind = config.pop("codec", "oobleck")                       # official files do not say
-    return folder, "vae.safetensors", kind, config
+    return folder, config, kind
 
 
 def load_codec(name, device="cpu"):
     """The codec of a model folder or hub id, for inference. UserError: missing or misshapen."""
-    folder, file_name, kind, config = codec_place(name)
+    folder, config, kind = codec_place(name)
     codec = make_codec(kind, config, empty=True)
-    ours = ("latent_mean", "latent_std")                        # official mel files lack them
-    load_weights(codec, find_weights(folder, file_name), optional=ours)
-    codec.to(device).requires_grad_(False).eval()
-    return quicken_codec(codec.fold())
+    weights = find_weights(folder, "vae.safetensors")           # or diffusion_pytorch_model
+    load_weights(codec, weights, optional=("latent_mean", "latent_std"))    # not in official files
+    return quicken_codec(codec.to(device).requires_grad_(False).eval())
 
 
 def save_codec(folder, codec, dtype=torch.float16, training=None):
@@ -132,17 +131,17 @@ def file_clips(codec, rows, seconds, crop):
 @torch.inference_mode()
 def encode_pairs(codec, config, pairs):
     """Rows of data.read_pairs -> rows, {"winner_mean", "winner_std", "loser_...": (P, L, C)}."""
-    samples = round(config["max_duration"] * codec.sampling_rate)
+    rate, frames = codec.sampling_rate, config["audio_seq_len"]
+    samples = round(config["max_duration"] * rate)
     parts = defaultdict(list)
     rows = []
     for row in tqdm(pairs, "encoding", unit="pair"):
         for which in ("loser", "winner"):       # where no length is given, the winner's
             clip = {"audio": row[which], "duration": row["duration"]}
-            audio, seconds = load_clip(clip, codec.sampling_rate, codec.audio_channels, samples,
-                                       "start")
-            posterior = codec.encode(audio[None].to(codec.latent_std.device))   # two of (1, L, C)
-            for name, part in zip(("mean", "std"), posterior):
-                parts[f"{which}_{name}"].append(part[:, :config["audio_seq_len"]].cpu())
+            audio, seconds = load_clip(clip, rate, codec.audio_channels, samples, "start")
+            mean, std = codec.encode(audio[None].to(codec.latent_std.device))   # (1, L, C) each
+            parts[f"{which}_mean"].append(mean[:, :frames].cpu())
+            parts[f"{which}_std"].append(std[:, :frames].cpu())
         rows.append({**row, "duration": seconds})
     return rows, {name: torch.cat(each) for name, each in parts.items()}
 
@@ -172,18 +171,18 @@ def draw_batch(examples, size, length, multiple, random):
     return torch.stack(crops).float()
 
 
-# ------------------------------------------------------------------------- the algorithm
+# ------------------------------------------------------------------------- loss and loop
 
 def weighted_loss(codec, batch, random, weights):
     """Loss of a batch (B, R, T) and its parts: L1 of log-mels + KL, or STFT + waveform + KL."""
     parts = codec.losses(batch, random)
-    return sum(weights.get(name, 1.0) * part for name, part in parts.items()), parts
+    weighted = [weights.get(name, 1.0) * part for name, part in parts.items()]
+    return sum(weighted), parts
 
 
 @torch.no_grad()
 def validate(codec, examples, weights):
     """Training's loss, with the same noise each time, and the error in dB of the decoded means."""
-    codec.eval()
     total = 0.0
     errors = []
     for number, batch in enumerate(examples.float().split(8)):
@@ -191,9 +190,8 @@ def validate(codec, examples, weights):
         loss, _ = weighted_loss(codec, batch, generator("validation", number), weights)
         total += loss.item() * len(batch)
         errors.append(codec.error_db(batch))                                    # (B,)
-    codec.train()
-    error = torch.cat(errors).mean().item()
-    return {"validation_loss": total / len(examples), "validation_db": error}
+    decibel = torch.cat(errors).mean().item()
+    return {"validation_loss": total / len(examples), "validation_db": decibel}
 
 
 def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
@@ -218,7 +216,7 @@ def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
         random = generator(args.seed, "batch", step)
         batch = draw_batch(examples, args.batch_size, length, codec.columns, random)
 
-        # forward, backward, clip, step
+        # encode, add noise, decode, compare: codec.losses; backward, clip, step
         with autocast():
             noise = generator(args.seed, "noise", step)
             loss, parts = weighted_loss(codec, batch.to(device), noise, weights)
@@ -226,7 +224,7 @@ def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
             raise UserError(f"step {step}: the loss is {loss.item()}; lower --learning_rate")
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
         optimizer.step()
         step += 1
 
@@ -238,7 +236,8 @@ def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
             losses = {name: value.item() for name, value in losses.items()}
             row = {"step": step, **losses, "lr": rate, **validate(codec, held_out, weights)}
             append_jsonl(log, {**row, "minutes": minutes})
-            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+            values = [f"{name} {value:.4g}" for name, value in row.items()]
+            print("  ".join(values), flush=True)
         if last or step % args.save_every == 0:
             save_state(args.out, codec.state_dict(), optimizer, {}, step, settings, minutes)
     return step
@@ -246,9 +245,10 @@ def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
 
 def main():
     args = parse_flags(__doc__, FLAGS)
+    check_writable(Path(args.out) / "vae.safetensors")
     codec = load_codec(args.checkpoint) if args.checkpoint else None
     kind = codec.kind if codec else args.codec
-    args = parse_flags(__doc__, FLAGS, defaults=CODECS[kind].TRAINING)
+    args = parse_flags(__doc__, FLAGS, defaults=OOBLECK if kind == "oobleck" else None)
     args.codec = kind
 
     # the codec
@@ -262,13 +262,14 @@ def main():
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             codec = make_codec(kind, args.config)
-    codec.to(choose_device(args.device)).requires_grad_(True).train()
-    print(f"{kind} codec, {sum(p.numel() for p in codec.parameters()):,} parameters")
+    codec.to(choose_device(args.device)).requires_grad_(True)
+    parameters = sum(p.numel() for p in codec.parameters())
+    print(f"{kind} codec, {parameters:,} parameters")
 
     # resume
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["steps"] = settings.pop("train_steps")     # its name in state.pt
-    betas = args.beta1, args.beta2
+    betas = args.beta1, 0.99
     optimizer = torch.optim.AdamW(codec.parameters(), betas=betas, weight_decay=0)
     step, minutes = load_state(args.out, codec.state_dict(), optimizer, {}, settings,
                                "vae.safetensors")

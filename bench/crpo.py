@@ -10,13 +10,12 @@ three Python files) samples one prompt at a time and writes each clip to a wav f
 after file, one clip and one text at a time; every training step reads its wav files again, encodes
 them by the VAE and their prompts by T5, in float32: at our number of solver steps, and at its own
 50. Both use the decoder of this repository. Wall-clock seconds; ratios are medians over rounds.
+B pairs of a step, L latent frames, C latent channels.
 """
+import math
 import shlex
-import shutil
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +23,15 @@ import torch
 from tqdm import tqdm
 
 import crpo
+from bench.official import Clock, comparison
 from lib.audio import fit_audio, read_audio, write_wav
 from lib.common import (BASE, check_writable, flag, markdown, parse_flags, pick, run_main,
                         write_report)
-from lib.weights import make_optimizer, set_rate, trainable
 from lib.text import encode_prompts, null_condition
+from lib.weights import make_optimizer, set_rate, trainable
 from model import load_model
 from reward import REWARD, load_clap, make_pairs
 from sample import decode, euler, guided_velocity, noise_for, schedule
-from train_fm import Batch, text_condition
 
 FLAGS = {"what is timed": [
     flag("--prompts", 48, "M", 2, 20000),
@@ -40,38 +39,24 @@ FLAGS = {"what is timed": [
     flag("--official_steps", 50, "solver steps of the official way (official code: 50)", 1, 1000),
     flag("--repeats", 3, "rounds, after one to warm up", 1, 1000),
     flag("--checkpoint", str(BASE), "model folder"),
-    flag("--reward", str(REWARD), "CLAP that ranks"),
     flag("--out", "runs/bench", "folder of the table (the tracked one: results)"),
 ]}
-STAGES = ("generate", "decode and score", "train")
-
-
-class Clock:
-    """Seconds per stage: each call adds what passed since the call before."""
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.last = time.perf_counter()
-
-    def __call__(self, stage):
-        now = time.perf_counter()
-        self.seconds[stage] += now - self.last
-        self.last = now
+STAGES = ("generate", "decode and score", "train", "whole iteration")
 
 
 def ours(folder, model, clap, prompts, settings, steps):
     """An iteration as crpo.py runs it -> {stage: seconds}. Its training saves as always."""
     clock = Clock()
-    count, device = settings.num_samples, torch.device("cpu")
+    count, block = settings.num_samples, settings.save_clips
     rows = [row for row in prompts for _ in range(count)]
     sampler = crpo.sampler_of(settings)
-    latents = crpo.make_candidates(folder, model, rows, 0, sampler, settings.save_clips)
+    latents = crpo.make_candidates(folder, model, rows, 0, sampler, block)
     clock("generate")
-    scored = crpo.score_candidates(folder, model, rows, latents, {"reward": clap}, {},
-                                   settings.save_clips)
+    scored = crpo.score_candidates(folder, model, rows, latents, {"reward": clap}, {}, block)
     pairs = crpo.write_pairs(folder, scored, count, latents)
     clock("decode and score")
     loss, how = pick(crpo.Loss, settings), pick(crpo.Optimisation, settings)
+    device = torch.device("cpu")
     crpo.optimise(folder, settings.checkpoint, *pairs, loss, how, 0, "report 0", device)
     clock("train")
     return clock.seconds
@@ -94,7 +79,10 @@ def encoded_files(model, paths, rng):
     """A posterior sample of each wav file, normalised, (B, L, C)."""
     codec = model.codec
     samples = model.flow.config["audio_seq_len"] * codec.hop
-    audios = [fit_audio(read_audio(path, codec.sampling_rate, 1), samples, "start") for path in paths]
+    audios = []
+    for path in paths:
+        audio = read_audio(path, codec.sampling_rate, 1)
+        audios.append(fit_audio(audio, samples, "start"))
     mean, std = codec.encode(torch.stack(audios))
     return codec.normalise(mean + std * torch.randn(std.shape, generator=rng))
 
@@ -103,40 +91,38 @@ def official_way(folder, model, clap, prompts, settings, steps):
     """The same iteration, prompt by prompt and file by file -> {stage: seconds}."""
     clock = Clock()
     count, rate = settings.num_samples, model.codec.sampling_rate
-    paths = [[folder / f"{m}_{n}.wav" for n in range(count)] for m in range(len(prompts))]
-    for m, row in enumerate(tqdm(prompts, "prompt by prompt", leave=False)):
-        latents = samples_of_one_prompt(model, row, count, m * count, settings.guidance_scale, steps)
-        clock("generate")
-        for path, audio in zip(paths[m], decode(model.codec, latents, [row["duration"]] * count)):
-            write_wav(path, audio, rate)
-        clock("decode and score")
+    guidance_scale = settings.guidance_scale
     scores = np.zeros((len(prompts), count))
-    for m, row in enumerate(prompts):
-        for n, path in enumerate(paths[m]):
-            scores[m, n] = clap.scores([read_audio(path, rate, 1)], rate, [row["prompt"]]).item()
+    for m, row in enumerate(tqdm(prompts, "prompt by prompt", leave=False)):
+        latents = samples_of_one_prompt(model, row, count, m * count, guidance_scale, steps)
+        clock("generate")
+        audios = decode(model.codec, latents, [row["duration"]] * count)
+        for n, audio in enumerate(audios):
+            write_wav(folder / f"{m}_{n}.wav", audio, rate)
+        clock("decode and score")
+    for m, n in np.ndindex(scores.shape):
+        audio = read_audio(folder / f"{m}_{n}.wav", rate, 1)
+        scores[m, n] = clap.scores([audio], rate, [prompts[m]["prompt"]]).item()
     winners, losers, usable = make_pairs(scores)
-    chosen = np.flatnonzero(usable)
+    pairs = np.flatnonzero(usable)
     clock("decode and score")
 
-    flow, reference = (load_model(settings.checkpoint, parts=("flow",)).flow for _ in range(2))
-    reference.requires_grad_(False)
-    optimizer = make_optimizer(trainable(flow.train()))
+    flow = load_model(settings.checkpoint, parts=("flow",)).flow.train()
+    reference = load_model(settings.checkpoint, parts=("flow",)).flow.requires_grad_(False)
+    optimizer = make_optimizer(trainable(flow))
     set_rate(optimizer, settings.learning_rate)
     rng = torch.Generator().manual_seed(0)
+    size = settings.batch_size
     for step in tqdm(range(settings.train_steps), "training from files", leave=False):
-        first = step * settings.batch_size
-        rows = [int(chosen[i % len(chosen)]) for i in range(first, first + settings.batch_size)]
-        x1 = torch.cat([encoded_files(model, [paths[m][best[m]] for m in rows], rng)
-                        for best in (winners, losers)])                         # (2B, L, C)
-        x0 = torch.randn(x1[:len(rows)].shape, generator=rng).repeat(2, 1, 1)
-        t = torch.randn(len(rows), generator=rng).sigmoid().repeat(2)           # (2B,)
+        rows = pairs.take(range(step * size, (step + 1) * size), mode="wrap").tolist()
+        paths = [folder / f"{m}_{best[m]}.wav" for best in (winners, losers) for m in rows]
+        x1 = encoded_files(model, paths, rng)                                   # (2B, L, C)
+        x0 = torch.randn(x1[:size].shape, generator=rng).repeat(2, 1, 1)
+        t = torch.randn(size, generator=rng).sigmoid().repeat(2)                # (2B,)
+        texts = [prompts[m]["prompt"] for m in rows]
+        durations = torch.tensor([float(prompts[m]["duration"]) for m in rows])
         with torch.no_grad():
-            ids, mask = model.text.tokenize([prompts[m]["prompt"] for m in rows])
-            hidden = model.text.encode(ids, mask)
-        seconds = torch.tensor([float(prompts[m]["duration"]) for m in rows])
-        kept = torch.zeros(len(rows), dtype=torch.bool)                         # drops no condition
-        batch = Batch(x1, x0, t, None, hidden, mask, seconds, kept)
-        condition = text_condition(model.text, batch)
+            condition = encode_prompts(model.text, texts, durations)
         errors = crpo.four_errors(flow, reference, condition, x1, x0, t)
         loss, _ = crpo.crpo_loss(*errors, settings.beta, settings.half, settings.fm_weight)
         optimizer.zero_grad()
@@ -152,46 +138,35 @@ def main(argv=None):
     settings = parse_flags("", crpo.FLAGS, [], {
         "prompts": args.prompts, "epochs": args.epochs, "checkpoint": args.checkpoint})
     settings.batch_size = min(settings.batch_size, args.prompts)
-    settings.train_steps = -(-args.epochs * args.prompts // settings.batch_size)
-    model, clap = load_model(args.checkpoint), load_clap(args.reward)
+    settings.train_steps = math.ceil(args.epochs * args.prompts / settings.batch_size)
+    model, clap = load_model(args.checkpoint), load_clap(REWARD)
+    longest = model.flow.config["max_duration"]
+    pool = crpo.prompt_pool(None, settings.pool, args.prompts, longest)
     ways = {f"ours, {settings.steps} steps": (ours, settings.steps)}
-    for steps in {settings.steps: 0, args.official_steps: 0}:
+    for steps in (settings.steps, args.official_steps):
         ways[f"official way, {steps} steps"] = (official_way, steps)
 
     # the ways take turns
     runs = {name: [] for name in ways}
-    with tempfile.TemporaryDirectory() as work:
-        pool = crpo.prompt_pool(None, settings.pool, args.prompts, model.flow.config["max_duration"])
-        prompts = crpo.draw_prompts(Path(work), pool, args.prompts, 0, 1)
-        for repeat in range(args.repeats + 1):
-            for name, (way, steps) in ways.items():
-                folder = Path(work) / "run"
-                folder.mkdir()
-                seconds = way(folder, model, clap, prompts, settings, steps)
-                shutil.rmtree(folder)
-                seconds["whole iteration"] = sum(seconds.values())
-                runs[name] += [seconds] if repeat else []               # the first warms up
-                shown = {stage: round(value, 1) for stage, value in seconds.items()}
-                print(f"round {repeat}, {name}: {shown}", flush=True)
+    for repeat in range(args.repeats + 1):
+        for name, (way, steps) in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                prompts = crpo.draw_prompts(Path(folder), pool, args.prompts, 0, 1)
+                seconds = way(Path(folder), model, clap, prompts, settings, steps)
+            seconds["whole iteration"] = seconds.total()
+            if repeat:                                          # the first warms up
+                runs[name].append(seconds)
+            shown = {stage: round(value, 1) for stage, value in seconds.items()}
+            print(f"round {repeat}, {name}: {shown}", flush=True)
 
     # the table
-    rows = []
-    first = runs[next(iter(runs))]
-    for stage in (*STAGES, "whole iteration"):
-        row = [stage]
-        for name, many in runs.items():
-            values = [run[stage] for run in many]
-            ratios = [value / fast[stage] for value, fast in zip(values, first)]
-            ratio = f"; x {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            row.append(f"{statistics.median(values):.1f} s" + (ratio if many is not first else ""))
-        rows.append(row)
-    text = (f"{args.prompts} prompts x {settings.num_samples} clips, {settings.train_steps} training "
-            f"steps of {settings.batch_size} pairs, {torch.get_num_threads()} threads. Medians of "
-            f"{args.repeats} rounds; x: how many times as long as ours, with its range.")
+    text = (f"{args.prompts} prompts x {settings.num_samples} clips, {settings.train_steps} "
+            f"training steps of {settings.batch_size} pairs, {torch.get_num_threads()} threads. "
+            f"Seconds, medians of {args.repeats} rounds; x: times ours, with the range.")
+    table = markdown(["way", *STAGES], comparison(runs, STAGES))
     command = f"python -m bench.crpo {shlex.join(argv or sys.argv[1:])}"
     title = "An iteration of CRPO against the official way of driving the same model"
-    write_report(args.out, "bench_crpo", title, command, [text, markdown(["stage", *ways], rows)],
-                 {"runs": runs})
+    write_report(args.out, "bench_crpo", title, command, [text, table], {"runs": runs})
     print("next: python crpo.py runs it")
 
 

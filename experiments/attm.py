@@ -4,21 +4,19 @@
     python -m experiments.attm table2                  # the chain, stage by stage (Table II)
     python -m experiments.attm figure2 --seeds 0       # the score at inference (Fig. 2), one seed
 
-They need what world/votes.py and reward.py make (README, "Score and experts"). Models and
-measurements stay in --runs: what was killed goes on. Absolute values do not compare with the
-paper's, whose metrics hear music at 44.1 kHz; the direction of a difference does.
+They need what world/votes.py and reward.py make (docs/training.md). Models and latents stay in
+--runs: what was killed goes on. Absolute values do not compare with the paper's, whose metrics hear
+music at 44.1 kHz; the direction of a difference does.
 
 Who judges: reward (the ranker: it conditions and selects), CLAP (ranks nothing), true quality (its
 judge met nothing that generates), event recall and order, the Frechet distance to the real scenes.
 Tests: mean over training seeds, paired over prompts, 95 % intervals of resampled prompts (paper:
-paired t). In brackets behind a mean: its range over training seeds.
-
-Letters: N test prompts, D columns of features.
+paired t). In brackets behind a mean: its range over training seeds. N test prompts, D features.
 """
 import shlex
 import sys
 from collections import namedtuple
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +25,11 @@ import torch
 import crpo
 import expert_iteration
 import train_fm
-from evaluate import Judges, Sampler, bootstrap, frechet_distance, judged, number, sampled, tables
+from evaluate import Judges, Sampler, bootstrap, frechet_distance, number, sampled, tables
 from lib.audio import fit_audio, read_audio
-from lib.common import (BASE, DEVICE, check_settings, check_writable, choose_device, file_hash,
-                        flag, parse_commands, read_json, read_jsonl, reading, run_main,
-                        settings_key, write_json, write_report)
+from lib.common import (BASE, DEVICE, check_settings, check_writable, choose_device, flag,
+                        parse_commands, read_json, read_jsonl, reading, run_main, write_json,
+                        write_report)
 from lib.mel import MEL_16K, LogMel
 from model import SCORE_HEADS, load_model, with_score_head
 from reward import JUDGE, TrainedRanker
@@ -55,17 +53,16 @@ FLAGS = {
         flag("--samples", 600, "clips sampled in stage 2 (paper: about 600)", 2, 1e7),
         flag("--tuning_steps", 400, "fine-tuning steps of stage 2 (paper: 30000)", 1, 1e9),
         flag("--polish_steps", 60, "polish steps of stage 2 (paper: 5000)", 1, 1e9),
-        flag("--crpo_prompts", 256, "prompts of stage 3, five clips each (paper: 2000)", 1, 1e7),
-        flag("--crpo_epochs", 24, "epochs of stage 3 (paper: 20)", 1, 1e6)],
+        flag("--crpo_prompts", 256, "prompts of stage 3, five clips each (paper: 2000)", 1, 1e7)],
     "measuring": [
         flag("--prompts", 100, "test prompts (paper: 100)", 4, 1e6),
         flag("--score", 1.5, "s, above p95 of training (paper: 2, 5)", -1e6, 1e6),
-        flag("--steps", 10, "solver steps", 1, 1000),
-        flag("--guidance_scale", 1.5, "guidance where an entry names none", 0, 50)],
+        flag("--steps", 10, "solver steps", 1, 1000)],
     "run": [
-        flag("--runs", "runs/reproduce", "folder of models and measurements"),
+        flag("--runs", "runs/reproduce", "folder of models and latents"),
         flag("--out", "runs/results", "folder of the report"), DEVICE]}
 
+GUIDANCE = 1.5                  # guidance scale where an entry names none
 HELD_OUT = 400                  # clips on which the meter of hum is checked
 HEADS = {"frechet": "Frechet", "judge": "CLAP", "reward": "reward", "quality": "true quality",
          "hum": "hum", "recall": "event recall", "order": "order"}
@@ -78,19 +75,20 @@ TESTED = ("judge", "reward", "quality", "hum")
 # None: without scores; run_as: another head at inference; score: a number, "s": --score, "p95": a
 # percentile of the training scores; noise: its seed; scale: guidance; data: a flag, and its column
 Way = namedtuple("Way", "stage head run_as score noise scale data column",
-                 defaults=(None, None, None, 42, None, "data", "score"))
+                 defaults=(None, None, None, 42, GUIDANCE, "data", "score"))
 # ways {name: Way}; pairs [(first, second, sign)]: where the hypothesis has the interval of first
 # minus second in `measure`: above 0 ("+"), or around it ("0")
 Entry = namedtuple("Entry", "title hypothesis ways pairs measure", defaults=("reward",))
 
-WAYS = {                                                # the first seven: the chain of Table II
-    "bundled base": Way("base"),
-    "no score": Way("sft"),
+SHARED = {
     "SFT v1": Way("sft", "v1", None, "s"),
     "experts v1": Way("experts", "v1", None, "s"),
     "experts v1 as v2": Way("experts", "v1", "v2", "s"),
-    "hybrid": Way("crpo", "v1", None, "s"),
-    "hybrid, noise 55": Way("crpo", "v1", None, "s", 55),
+    "hybrid": Way("crpo", "v1", None, "s")}
+CHAIN = {"bundled base": Way("base"), "no score": Way("sft"), **SHARED,
+         "hybrid, noise 55": Way("crpo", "v1", None, "s", 55)}
+WEIGHTS = {
+    **SHARED,
     "SFT v1 as v2": Way("sft", "v1", "v2", "s"),
     "SFT v2": Way("sft", "v2", None, "s"),
     "SFT v2 as v1": Way("sft", "v2", "v1", "s"),
@@ -102,19 +100,6 @@ WAYS = {                                                # the first seven: the c
 HUM = {
     "clean": Way("sft", "v2", None, "p95", 42, 3.0, "hum_data", "score"),
     "contaminated": Way("sft", "v2", None, "p95", 42, 3.0, "hum_data", "score_plus_hum")}
-
-# the paper's FAD, CLAP, reward of a row; FAD, CLAP, score-r, delta out of a head
-PAPER = {
-    "v1": "0.352, 0.242, 0.442, 0.942", "v2": "0.337, 0.249, 0.524, 0.779",
-    "v3": "0.339, 0.245, 0.439, 0.825", "v4": "0.347, 0.243, 0.446, 0.856",
-    "v5": "0.348, 0.244, 0.439, 0.757",
-    "no score": "0.5998, 0.230, -0.392",
-    "SFT v1": "0.4681, 0.262, 0.028", "SFT v1 as v2": "0.4456, 0.265, 0.009",
-    "SFT v2": "0.4442, 0.266, 0.282", "SFT v2 as v1": "0.6846, 0.202, -0.500",
-    "experts v1": "0.4319, 0.290, 0.524", "experts v1 as v2": "0.4272, 0.283, 0.535",
-    "experts v2 as v1": "0.6952, 0.198, -0.518", "CRPO v2": "0.4695, 0.265, 0.244",
-    "hybrid": "0.4238, 0.285, 0.533", "hybrid, noise 55": "0.4370, 0.300, 0.550",
-    "clean": "0.337", "contaminated": "0.515"}
 
 
 def table1(heads=tuple(SCORE_HEADS)):
@@ -136,9 +121,9 @@ def table1(heads=tuple(SCORE_HEADS)):
 def figure2(grid=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 6.0)):
     """Fig. 2: scores within and above the training range, before and after the chain."""
     ways = {}
-    for name, stage in (("SFT", "sft"), ("hybrid", "crpo")):
-        for score in grid:
-            ways[f"{name}, s = {score:g}"] = Way(stage, "v1", score=score)
+    for score in grid:
+        ways[f"SFT, s = {score:g}"] = Way("sft", "v1", score=score)
+        ways[f"hybrid, s = {score:g}"] = Way("crpo", "v1", score=score)
     pairs = [("SFT, s = 1.5", "SFT, s = 0", "+"), ("hybrid, s = 1.5", "hybrid, s = 0", "0")]
     return Entry("The score at inference, before and after the chain",
                  "After stage 1 the reward rises with the score over the training range; at the "
@@ -150,13 +135,15 @@ ENTRIES = {
     "table2": Entry(
         "The chain, stage by stage",
         "Expert iteration is the one significant step after score conditioning; running v1 as v2 "
-        "and CRPO stay within noise (Table II).", dict(list(WAYS.items())[:7]),
+        "and CRPO stay within noise (Table II; the paper's rewards: -0.392, 0.028, 0.524, 0.535, "
+        "0.533, with noise 55 0.550).", CHAIN,
         [("SFT v1", "no score", "+"), ("experts v1", "SFT v1", "+"),
          ("experts v1 as v2", "experts v1", "0"), ("hybrid", "experts v1 as v2", "0")]),
     "table3": Entry(
         "Weights against forward pass",
         "Running v1 weights as v2 is benign, running v2 weights as v1 collapses, at both stages "
-        "(Table III).", dict(list(WAYS.items())[2:]),
+        "(Table III; the paper's rewards: SFT v1 0.028, as v2 0.009; v2 0.282, as v1 -0.500).",
+        WEIGHTS,
         [("SFT v1", "SFT v1 as v2", "0"), ("SFT v2", "SFT v2 as v1", "+"),
          ("experts v1", "experts v1 as v2", "0"), ("experts v2", "experts v2 as v1", "+"),
          ("SFT v1", "SFT v1, p5", "+"), ("SFT v1 as v2", "SFT v1 as v2, p5", "+"),
@@ -165,8 +152,8 @@ ENTRIES = {
     "reward_column": Entry(
         "A clean reward against a contaminated one",
         "Conditioned on a reward that partly tracks a hum, the generator learns to hum, and its "
-        "Frechet distance to scenes without one grows (III-D a; the paper: vocals).", HUM,
-        [("contaminated", "clean", "+")], "hum")}
+        "Frechet distance to scenes without one grows (III-D a; the paper: vocals, FAD 0.337 and "
+        "0.515).", HUM, [("contaminated", "clean", "+")], "hum")}
 COMMANDS = {name: (entry.title, FLAGS) for name, entry in ENTRIES.items()}
 
 
@@ -181,11 +168,9 @@ class Panel(Judges):
         self.quality = load_tagger(tagger, "quality", device)
 
     def judge(self, clips, scenes):
-        """As Judges, and {"quality": (N,), "low band": (N, 72)}."""
+        """As Judges, and {"quality": (N,)}."""
         found = super().judge(clips, scenes)
-        found["low band"] = low_band(clips)
-        found["quality"] = quality(self.quality, clips).numpy()
-        return found
+        return {**found, "quality": quality(self.quality, clips).numpy()}
 
 
 def low_band(clips):
@@ -232,30 +217,28 @@ class Lab:
     def folder(self, way, seed):
         """The model folder of a way, after it and the stages before it are trained."""
         given = self.settings
+        name = f"{way.stage}_{way.head or 'plain'}"
         if way.stage == "base":
             return Path(given.checkpoint)
-        name = f"{way.stage}_{way.head or 'plain'}"
         if way.stage == "sft":              # on scored clips, with a head or without scores
             settings = {"checkpoint": given.checkpoint, "data": getattr(given, way.data),
                         "train_steps": given.sft_steps, "learning_rate": 1e-3,      # paper: 1e-4
-                        "batch_size": given.batch_size, "save_every": 250, "val_every": 10 ** 9,
-                        "val_clips": 64, "log_every": 50}
+                        "batch_size": given.batch_size, "val_every": 10 ** 9, "val_clips": 64}
             if way.head:
                 settings |= {"score_column": way.column, "score_head": way.head}
-            if way.data != "data":
+            if way.data == "hum_data":
                 name += f"_{way.column}"
             return self.trained(name, seed, train_fm.train, settings)
-        before = "sft" if way.stage == "experts" else "experts"
-        checkpoint = str(self.folder(way._replace(stage=before), seed))
-        settings = {"checkpoint": checkpoint, "score": given.score, "steps": given.steps,
-                    "guidance_scale": given.guidance_scale}
+        before = way._replace(stage="sft" if way.stage == "experts" else "experts")
+        settings = {"checkpoint": str(self.folder(before, seed)), "score": given.score,
+                    "steps": given.steps, "guidance_scale": GUIDANCE}
         if way.stage == "experts":
             settings |= {"data": given.data, "ranker": given.ranker, "prompts": given.samples,
                          "tuning_steps": given.tuning_steps, "polish_steps": given.polish_steps,
                          "batch_size": given.batch_size}
             return self.trained(name, seed, expert_iteration.run, settings) / "round_1"
-        settings |= {"score_head": "v2", "iterations": 1, "prompts": given.crpo_prompts,
-                     "epochs": given.crpo_epochs, "eval_prompts": 2}
+        settings |= {"score_head": "v2", "iterations": 1, "eval_prompts": 2,
+                     "prompts": given.crpo_prompts}
         return self.trained(name, seed, crpo.run, settings) / "iteration_1"
 
     def score_of(self, way):
@@ -269,33 +252,22 @@ class Lab:
             column = [row[way.column] for row in read_jsonl(path)]
         return float(np.percentile(column, int(way.score[1:])))
 
-    def clips(self, folder, way, sampling):
-        """The clips (N, 65536) of the test prompts that a model makes."""
-        model = load_model(folder, self.device)
-        if way.run_as:
-            model.flow, _ = with_score_head(model.flow, way.run_as)
-        cache = str(self.runs / "latents")
-        sampler = Sampler(sampling, way.noise, self.settings.batch_size, cache)
-        return sampled(model, self.scenes, sampler)[0]
-
     def heard(self, way):
-        """What the panel says of a way's clips, one for each training seed; kept in --runs."""
+        """What the panel says of a way's clips, one for each training seed."""
         given = self.settings
-        scale = way.scale or given.guidance_scale
-        sampling = Sampling(given.steps, scale, "euler", self.score_of(way))
-        ranker = file_hash(Path(given.ranker) / "ranker.safetensors")
-        key = {**sampling._asdict(), "noise": way.noise, "run_as": way.run_as, "ranker": ranker,
-               "judge": given.judge, "tagger": given.tagger, "prompts": given.prompts}
+        sampling = Sampling(given.steps, way.scale, "euler", self.score_of(way))
+        sampler = Sampler(sampling, way.noise, given.batch_size, str(self.runs / "latents"))
         results = []
         for seed in given.seeds:
-            folder = self.folder(way, seed)
-            key["weights"] = file_hash(folder / "tangoflux.safetensors")
-            path = self.runs / "heard" / f"{settings_key(key)}.safetensors"
-            clips_of = partial(self.clips, folder, way, sampling)
-            results.append(judged(path, self.panel, clips_of, self.scenes))
+            model = load_model(self.folder(way, seed), self.device)
+            if way.run_as:
+                model.flow, _ = with_score_head(model.flow, way.run_as)
+            clips, _ = sampled(model, self.scenes, sampler)
+            found = self.panel.judge(clips, self.scenes)
             if way.data == "hum_data":
-                x = np.hstack([results[-1]["features"], results[-1]["low band"]])
-                results[-1]["hum"] = self.hum_meter[0](x)
+                meter, _ = self.hum_meter
+                found["hum"] = meter(np.hstack([found["features"], low_band(clips)]))
+            results.append(found)
         return results
 
     @cached_property
@@ -303,9 +275,12 @@ class Lab:
         """(function of features and low bands to hum, its rank correlation on held-out clips)."""
         rows = read_jsonl(self.settings.hum_data)[:2000]
         folder = Path(self.settings.hum_data).parent
-        audios = [read_audio(folder / row["audio"], SAMPLE_RATE, 1) for row in rows]
-        clips = torch.cat([fit_audio(audio, CLIP_SAMPLES, "start") for audio in audios])
-        x = np.hstack([features(self.panel.ear, clips), low_band(clips)])           # (N, D)
+        clips = []
+        for row in rows:
+            audio = read_audio(folder / row["audio"], SAMPLE_RATE, 1)
+            clips.append(fit_audio(audio, CLIP_SAMPLES, "start"))
+        clips = torch.cat(clips)                                                # (N, 65536)
+        x = np.hstack([features(self.panel.ear, clips), low_band(clips)])       # (N, D)
         hums = np.array([row["hum"] for row in rows])
         meter = ridge(x[HELD_OUT:], hums[HELD_OUT:])
         return meter, spearman(meter(x[:HELD_OUT]), hums[:HELD_OUT])
@@ -315,14 +290,15 @@ class Lab:
 
 def row_of(found, real):
     """{measure: [of each training seed]} of what was heard."""
-    rows = []
+    row = {}
     for one in found:
         values = scores(one["tally"])
-        values |= {name: one[name].mean() for name in TESTED if name in one}
         values["frechet"] = frechet_distance(one["features"], real["features"])
-        rows.append(values)
-    names = [name for name in HEADS if name in values]
-    return {name: [float(row[name]) for row in rows] for name in names}
+        values |= {name: one[name].mean() for name in TESTED if name in one}
+        for name in HEADS:
+            if name in values:
+                row.setdefault(name, []).append(float(values[name]))
+    return row
 
 
 def test(first, second, name, draws=2000):
@@ -352,10 +328,10 @@ def measure(lab, entry):
         model, *asked = name.split(", s = ")
         if asked:
             levels.setdefault(model, {})[lab.score_of(way)] = heard[name]
-    for first, second, _ in entry.pairs:
-        names = [name for name in TESTED if name in rows[first]]
-        tests[f"{first} minus {second}"] = {
-            name: test(heard[first], heard[second], name) for name in names}
+    for one, other, _ in entry.pairs:
+        names = [name for name in TESTED if name in rows[one]]
+        differences = {name: test(heard[one], heard[other], name) for name in names}
+        tests[f"{one} minus {other}"] = differences
     follows = {model: score_r(each) for model, each in levels.items()}
     return {"rows": rows, "tests": tests, "score-r": follows}
 
@@ -366,9 +342,10 @@ def verdict(tests, expected, name):
     for sign, (what, values) in zip(expected, tests.items()):
         _, low, high = values[name]
         found = "+" if low > 0 else "-" if high < 0 else "0"
-        (agree if found == sign else differ).append(f"{what} ({found})")
-    return (f"{HEADS[name]} as expected: {', '.join(agree) or 'nowhere'}; not as expected: "
-            f"{', '.join(differ) or 'nowhere'}.")
+        which = agree if found == sign else differ
+        which.append(f"{what} ({found})")
+    agree, differ = [", ".join(each) or "nowhere" for each in (agree, differ)]
+    return f"{HEADS[name]} as expected: {agree}; not as expected: {differ}."
 
 
 def cell(mean, low, high, sign=""):
@@ -384,21 +361,19 @@ def spread(values):
 
 def result_tables(found, expected):
     """The tables of rows, of tests (expected: their signs), and of score-r."""
-    lines = []
+    rows = []
     for name, row in found["rows"].items():
-        lines.append([name, *[spread(values) for values in row.values()], PAPER.get(name, "-")])
+        rows.append([name, *map(spread, row.values())])
     heads = [HEADS[name] for name in row]
-    texts = [tables(["clips", *heads, "paper: FAD, CLAP, reward"], lines)]
-    lines = []
+    texts = [tables(["clips", *heads], rows)]
+    rows = []
     for sign, (what, values) in zip(expected, found["tests"].items()):
-        lines.append([what, sign, *[cell(*value, '+') for value in values.values()]])
+        rows.append([what, sign, *[cell(*value, "+") for value in values.values()]])
     heads = [HEADS[name] for name in values]
-    texts.append(tables(["difference", "expected", *heads], lines))
-    lines = []
-    for model, values in found["score-r"].items():
-        lines.append([model, spread(values), PAPER.get(model, "-")])
-    if lines:
-        texts.append(tables(["model", "score-r", "paper: FAD, CLAP, score-r, delta out"], lines))
+    texts.append(tables(["difference", "expected", *heads], rows))
+    if found["score-r"]:
+        rows = [[model, spread(values)] for model, values in found["score-r"].items()]
+        texts.append(tables(["model", "score-r"], rows))
     return texts
 
 
@@ -406,7 +381,7 @@ def main(argv=None):
     args = parse_commands(__doc__, COMMANDS, argv)
     out = Path(args.out)
     name = f"attm_{args.command}"
-    check_writable(out / f"{name}.md", Path(args.runs) / "heard" / "x")
+    check_writable(out / f"{name}.md", Path(args.runs) / "latents" / "x")
     entry = ENTRIES[args.command]
     lab = Lab(args)
 

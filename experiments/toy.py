@@ -24,11 +24,11 @@ from lib.common import (BASE, check_writable, choose_device, flag, parse_command
 from lib.mel import MEL_16K, LogMel, griffin_lim, log_mel_error
 from lib.text import encode_prompts
 from model import load_model
-from sample import SAMPLER_FLAGS, SOLVERS, Sampling, noise_for
+from sample import SAMPLER_FLAGS, SOLVERS, Sampling, decode, noise_for
 from train_fm import flow_matching_loss, interpolate
 from world.ears import hear, load_tagger, scores, tally_all
-from world.scenes import NUMBERS, World, render_clips
-from world.sounds import EVENTS, SAMPLE_RATE
+from world.scenes import World, caption, render_clips
+from world.sounds import SAMPLE_RATE
 
 FLAGS = {
     "what is measured": [
@@ -40,8 +40,10 @@ FLAGS = {
     "sampler": SAMPLER_FLAGS,
     "run": evaluate.FLAGS["run"]}
 DURATIONS = [1.0, 2.0, 3.0, 4.0]        # seconds of the table of duration (paper: 5 to 25)
-GRID = [5, 10, 25, 50, 100]             # Euler steps of the table of steps (paper A.9: 10 to 200)
 LEVELS = [0.5, 0.7, 0.85, 0.95, 1.0]    # t of the losses of the table of text
+# the table of steps (paper A.9: 10 to 200); a Heun row has an Euler row of equal cost
+GRID = [("euler", 5), ("euler", 10), ("euler", 25), ("euler", 50), ("euler", 100),
+        ("heun", 5), ("heun", 25), ("heun", 50)]
 FRAME = 320                             # samples of a frame of sounding_length: 20 ms
 SCORES = {"event F1": "f1", "order": "order", "count": "count", "exact scene": "exact"}
 
@@ -67,19 +69,22 @@ def sounding_length(clip, threshold=1e-4):
     return (loud.max().item() + 1) * FRAME / SAMPLE_RATE if len(loud) else 0.0
 
 
-def encoded(codec, clips):
-    """Clips (B, 65536) -> the mean of their posterior (B, L, C), as the codec gives it."""
-    wide = resample(clips, SAMPLE_RATE, codec.sampling_rate)[:, None]
-    return codec.encode(wide.expand(-1, codec.audio_channels, -1).to(codec.latent_mean.device))[0]
-
-
 @torch.inference_mode()
-def through_codec(codec, clips, batch_size=16):
+def encoded(codec, clips, batch_size):
+    """Clips (N, 65536) -> the means of their posteriors (N, L, C), as the codec gives them."""
+    device = codec.latent_mean.device
+    means = []
+    for batch in clips[:, None].split(batch_size):                              # (B, 1, 65536)
+        batch = resample(batch, SAMPLE_RATE, codec.sampling_rate)
+        batch = batch.expand(-1, codec.audio_channels, -1).to(device)
+        means.append(codec.encode(batch)[0])
+    return torch.cat(means)
+
+
+def through_codec(codec, clips, batch_size):
     """Clips (N, 65536) -> the same clips after encode (the posterior's mean) and decode."""
-    audios = []
-    for batch in clips.split(batch_size):
-        audios.extend(codec.decode(encoded(codec, batch)).cpu())
-    return as_clips(codec, audios)
+    latents = encoded(codec, clips, batch_size)
+    return as_clips(codec, decode(codec, latents, batch_size=batch_size))
 
 
 def heard(tagger, sets, truths, seed):
@@ -90,10 +95,11 @@ def heard(tagger, sets, truths, seed):
     tallies = sum(tally_all(hear(tagger, clips), truths) for clips in sets)     # (N, columns)
     cells = []
     for name in SCORES.values():
-        cells.append(number(scores(tallies)[name], 3))
-        if cells[-1] != "-":
+        cell = number(scores(tallies)[name], 3)
+        if cell != "-":
             low, high = bootstrap(lambda rows: scores(tallies[rows])[name], len(tallies), seed=seed)
-            cells[-1] += f" ({low:.2f}-{high:.2f})"
+            cell += f" ({low:.2f}-{high:.2f})"
+        cells.append(cell)
     return cells
 
 
@@ -105,16 +111,15 @@ def scenes(model, judge, sampler, prompts, seeds, **_):
     """Prompts with pairs of events that no training scene holds."""
     real, truths = render_clips(World("test", pairs="unseen"), range(prompts))
     others = [truths[i] for i in derangement(prompts, sampler.seed)]
-    samplers = [sampler._replace(seed=sampler.seed + i) for i in range(seeds)]
-    made = [sampled(model, truths, each)[0] for each in samplers]
+    made = []
+    for i in range(seeds):
+        clips, _ = sampled(model, truths, sampler._replace(seed=sampler.seed + i))
+        made.append(clips)
     decoded = through_codec(model.codec, real, sampler.batch_size)
-    sets = {"generated": (made, truths),
-            "real scenes": ([real], truths),
-            "real through the codec": ([decoded], truths),
-            "generated, prompts shuffled": (made, others)}
-    rows = []
-    for source, (clips, asked) in sets.items():
-        rows.append([source, *heard(judge, clips, asked, sampler.seed)])
+    rows = [["generated", *heard(judge, made, truths, sampler.seed)],
+            ["real scenes", *heard(judge, [real], truths, sampler.seed)],
+            ["real through the codec", *heard(judge, [decoded], truths, sampler.seed)],
+            ["generated, prompts shuffled", *heard(judge, made, others, sampler.seed)]]
     note = f"{prompts} prompts with unseen pairs of events, {seeds} sampling seeds."
     return note, ["clips", *SCORES], rows
 
@@ -128,17 +133,15 @@ def codec(model, judge, sampler, prompts, **_):
         before = heard(judge, [real], truths, sampler.seed)
         after = heard(judge, [decoded], truths, sampler.seed)
         rows.append([kind, before[0], after[0]])
-    mel = LogMel(**MEL_16K)
     world = World("test", pairs="all", relations=(1, 0, 0, 0))
     single, _ = render_clips(world, range(prompts))
     decoded = through_codec(model.codec, single, sampler.batch_size)
-    errors = []
-    for clip, other in zip(single.split(1), decoded.split(1)):
-        reference = mel(clip)                                                   # (1, 80, frames)
-        alone = log_mel_error(reference, mel(griffin_lim(reference, mel)))
-        errors.append([alone.item(), log_mel_error(reference, mel(other)).item()])
+    log_mel = LogMel(**MEL_16K)
+    mel = log_mel(single)                                                       # (N, 80, frames)
+    vocoder = log_mel_error(mel, log_mel(griffin_lim(mel, log_mel))).mean()
+    both = log_mel_error(mel, log_mel(decoded)).mean()
     note = (f"Event F1 of {prompts} scenes. Log-mel error (scenes of one event, dB): vocoder alone "
-            "{:.2f}, VAE and vocoder {:.2f}.".format(*np.mean(errors, axis=0)))
+            f"{vocoder:.2f}, VAE and vocoder {both:.2f}.")
     return note, ["scenes", "originals", "reconstructions"], rows
 
 
@@ -161,65 +164,58 @@ def steps(model, judge, sampler, prompts, **_):
     """Numbers of solver steps, and Euler against Heun at equal numbers of function evaluations."""
     world = World("test", pairs="unseen")
     truths = [world.scene(i) for i in range(prompts)]
-    ways = [("euler", each) for each in GRID]
-    ways += [("heun", each // 2) for each in GRID if each % 2 == 0]
     rows = []
-    for solver, each in ways:
-        sampling = sampler.sampling._replace(steps=each, solver=solver)
+    for solver, count in GRID:
+        sampling = sampler.sampling._replace(steps=count, solver=solver)
         clips, seconds = sampled(model, truths, sampler._replace(sampling=sampling))
-        cells = heard(judge, [clips], truths, sampler.seed)
-        evaluations = each * SOLVERS[solver][1]
-        rows.append([f"{solver} {each}", evaluations, f"{seconds / prompts:.3f}", *cells])
+        evaluations = count * SOLVERS[solver][1]
+        rows.append([f"{solver} {count}", evaluations, f"{seconds / prompts:.3f}",
+                     *heard(judge, [clips], truths, sampler.seed)])
     note = (f"{prompts} prompts with unseen pairs; {sampler.batch_size} clips at a time, "
             f"{torch.get_num_threads()} threads. Heun evaluates the network twice a step.")
     return note, ["steps", "evaluations", "s per clip", *SCORES], rows
 
 
-def exchanged(scene):
-    """A prompt of two sounds with the two exchanged: "wind, then a bell" -> "a bell, then wind"."""
-    parts = []
-    for truth in scene.events:
-        event = EVENTS[truth.name]
-        phrases = event.names.split(", ")
-        if event.counted:
-            phrases += [f"{word} {event.counted}" for word in NUMBERS.values()]
-        parts.append(max([each for each in phrases if each in scene.prompt], key=len))
-    held = scene.prompt.replace(parts[0], "*", 1)
-    return held.replace(parts[1], parts[0], 1).replace("*", parts[1])
-
-
 @torch.inference_mode()
+def losses(model, x1, x0, prompts, seconds, batch_size):
+    """The flow's mean losses at LEVELS: x1, x0 (N, L, C) under N prompts, seconds (N,)."""
+    total = np.zeros(len(LEVELS))
+    for start in range(0, len(x1), batch_size):
+        rows = slice(start, start + batch_size)
+        condition = encode_prompts(model.text, prompts[rows], seconds[rows])
+        for column, level in enumerate(LEVELS):
+            t = torch.full_like(x1[rows, 0, 0], level)                          # (B,)
+            xt, target = interpolate(x1[rows], x0[rows], t)
+            velocity = model.flow.velocity(xt, t, condition)
+            _, errors = flow_matching_loss(velocity, target)                    # (B,)
+            total[column] += errors.sum().item()
+    return total / len(x1)
+
+
 def text(model, judge, sampler, prompts, **_):
     """How much the flow's loss rises when the prompt is wrong; long before one hears it."""
     world = World("val", pairs="all", relations=(0, 0, 1, 0), duration=4.0)
     clips, truths = render_clips(world, range(prompts))
+    x1 = model.codec.normalise(encoded(model.codec, clips, sampler.batch_size))     # (N, L, C)
+    x0 = noise_for(f"{sampler.seed}/text", range(prompts), x1.shape[1:]).to(x1.device)
+    seconds = torch.tensor([scene.duration for scene in truths])                # (N,)
     own = [scene.prompt for scene in truths]
-    others = [own[i] for i in derangement(prompts, sampler.seed)]
-    kinds = {"its own": own,
-             "its two sounds exchanged": [exchanged(scene) for scene in truths],
-             "another scene's": others,
-             "empty": [""] * prompts}
-    losses = np.zeros((len(kinds), len(LEVELS)))
-    for start in range(0, prompts, sampler.batch_size):
-        rows = slice(start, start + sampler.batch_size)
-        x1 = model.codec.normalise(encoded(model.codec, clips[rows]))           # (B, L, C)
-        indices = range(start, start + len(x1))
-        x0 = noise_for(f"{sampler.seed}/text", indices, x1.shape[1:]).to(x1.device)
-        seconds = torch.tensor([scene.duration for scene in truths[rows]])      # (B,)
-        for row, asked in enumerate(kinds.values()):
-            condition = encode_prompts(model.text, asked[rows], seconds)
-            for column, level in enumerate(LEVELS):
-                t = torch.full((len(x1),), level, device=x1.device)             # (B,)
-                xt, target = interpolate(x1, x0, t)
-                velocity = model.flow.velocity(xt, t, condition)
-                _, each = flow_matching_loss(velocity, target)                  # (B,)
-                losses[row, column] += each.sum().item() / prompts
-    table = [["its own", *[number(loss, 4) for loss in losses[0]]]]
-    rises = 100 * (losses[1:] / losses[0] - 1)
-    for kind, row in zip(list(kinds)[1:], rises):
-        table.append([kind, *[f"{number(rise, 1, '+')} %" for rise in row]])
+    right = losses(model, x1, x0, own, seconds, sampler.batch_size)
+    rows = [["its own", *[number(loss, 4) for loss in right]]]
+    rng = np.random.default_rng(sampler.seed)
+    exchanged = []
+    for scene in truths:
+        events = [(event.name, event.count) for event in reversed(scene.events)]
+        exchanged.append(caption(rng, scene.relation, events))
+    others = {"its two sounds exchanged": exchanged,
+              "another scene's": [own[i] for i in derangement(prompts, sampler.seed)],
+              "empty": [""] * prompts}
+    for kind, asked in others.items():
+        wrong = losses(model, x1, x0, asked, seconds, sampler.batch_size)
+        rises = 100 * (wrong / right - 1)
+        rows.append([kind, *[f"{number(rise, 1, '+')} %" for rise in rises]])
     note = f"{prompts} scenes of two ordered sounds. First row: the loss; below: how much it rises."
-    return note, ["prompt", *[f"t = {level:g}" for level in LEVELS]], table
+    return note, ["prompt", *[f"t = {level:g}" for level in LEVELS]], rows
 
 
 TABLES = {"scenes": scenes, "codec": codec, "duration": duration, "steps": steps, "text": text}

@@ -34,53 +34,47 @@ ZERO_CROSSINGS = 64     # of the resampling filter on each side, a sinc under a 
 KAISER_BETA = 10.0      # lies 100 dB down from the smaller Nyquist frequency on
 CUTOFF = 0.95
 PHASES_PER_BLOCK = 160  # a block is one convolution; all of 44.1 <-> 48 kHz fits one
-CLAP_FLOOR = 1e-10      # power below this is -100 dB in CLAP's front end
 CROP_MARGIN = 0.1       # seconds read beyond a crop: the filter sees no edge inside it
 
 
 @functools.lru_cache(maxsize=64)
 def sinc_kernels(up, down, first):
-    """Kernels of outputs first, first+1, ... of each `up` outputs: offset, weights (phases, taps).
-
-    Output m lies at input time m*down/up: outputs m and m + up share a kernel, `down` inputs apart.
-    """
+    """Kernels of outputs first, first+1, ... of each `up`: their first input, weights (phases, taps).
+    Output m lies at input time m*down/up; outputs m and m + up share a kernel, `down` inputs on."""
     rate = min(1.0, up / down) * CUTOFF                 # cut-off over the input's Nyquist frequency
     reach = ZERO_CROSSINGS * max(1.0, down / up)        # half the filter's length, in inputs
     phases = torch.arange(first, min(first + PHASES_PER_BLOCK, up)).double()
     times = phases * down / up
-    offset = floor(times[0].item() - reach)
-    taps = ceil(times[-1].item() + reach) - offset + 1
-    distance = offset + torch.arange(taps).double() - times[:, None]        # (phases, taps)
+    start = floor(times[0].item() - reach)
+    inputs = torch.arange(start, ceil(times[-1].item() + reach) + 1)        # (taps,)
+    distance = inputs - times[:, None]                                      # (phases, taps)
     bell = (1 - (distance / reach) ** 2).clamp(min=0).sqrt()
-    window = torch.special.i0(KAISER_BETA * bell) / torch.special.i0(torch.tensor(KAISER_BETA))
+    window = torch.special.i0(KAISER_BETA * bell) / float(np.i0(KAISER_BETA))
     window = torch.where(distance.abs() <= reach, window, 0)
-    return offset, rate * torch.sinc(rate * distance) * window
+    return start, rate * torch.sinc(rate * distance) * window
 
 
 def resample(audio, rate_in, rate_out):
     """Resample (..., N) to (..., ceil(N * rate_out / rate_in)) with a Kaiser-windowed sinc.
-
-    Flat to 0.9 of the smaller Nyquist frequency (error under -80 dB); beyond the ends is silence.
-    """
+    Flat to 0.9 of the smaller Nyquist frequency (error under -80 dB); silence beyond the ends."""
     shared = gcd(rate_in, rate_out)
     up = rate_out // shared
     down = rate_in // shared
     if up == down:
         return audio
-    samples = audio.shape[-1]
-    length = ceil(samples * up / down)
+    length = ceil(audio.shape[-1] * up / down)
     groups = ceil(length / up)                                  # outputs come in groups of `up`
-    signal = audio.reshape(-1, 1, samples)                      # (B, 1, N)
+    margin = ZERO_CROSSINGS * ceil(down / up)
+    signal = audio.reshape(-1, 1, audio.shape[-1])              # (B, 1, N)
+    signal = pad(signal, (margin, margin + down + 2))
     blocks = []
     for first in range(0, up, PHASES_PER_BLOCK):
-        offset, weights = sinc_kernels(up, down, first)
-        end = offset + (groups - 1) * down + weights.shape[1]   # one past the last input
-        left = max(0, -offset)
-        padded = pad(signal, (left, max(0, end - samples)))[..., left + offset:left + end]
+        start, weights = sinc_kernels(up, down, first)
         weights = weights.to(signal)[:, None]                   # (phases, 1, taps)
-        blocks.append(conv1d(padded, weights, stride=down))     # (B, phases, groups)
-    output = torch.cat(blocks, 1).transpose(1, 2)               # (B, groups, up)
-    return output.reshape(*audio.shape[:-1], -1)[..., :length]
+        block = conv1d(signal[..., margin + start:], weights, stride=down)
+        blocks.append(block[..., :groups])                      # (B, phases, groups)
+    output = torch.cat(blocks, 1).mT.flatten(1)                 # (B, groups up)
+    return output[:, :length].reshape(*audio.shape[:-1], length)
 
 
 # ----------------------------------------------------------------------------- files
@@ -97,7 +91,8 @@ def open_audio(path):
 
 def read_frames(file, frames):
     """The next `frames` of an open file, float32 (channels, N). ValueError: none, or not finite."""
-    audio = torch.from_numpy(file.read(frames, dtype="float32", always_2d=True)).T.contiguous()
+    samples = file.read(frames, dtype="float32", always_2d=True)
+    audio = torch.from_numpy(samples).T.contiguous()
     if audio.numel() == 0:
         raise ValueError("it is empty")
     if not audio.isfinite().all():
@@ -115,10 +110,8 @@ def probe_audio(path):
 
 def read_audio(path, sampling_rate, channels, seconds=None, crop="center"):
     """Read a sound file (WAV, FLAC, OGG, MP3, ...) as float32 (channels, N) at `sampling_rate` Hz.
-
     Mono is doubled for stereo; mono hears the mean of the channels, stereo the front pair. seconds:
-    only so much and a margin, which `fit_audio` cuts off. Raises UserError naming the file.
-    """
+    only so much and a margin, which `fit_audio` cuts off. Raises UserError naming the file."""
     with open_audio(path) as file:
         rate = file.samplerate
         frames = file.frames
@@ -143,16 +136,14 @@ def fit_audio(audio, samples, crop="center"):
 
 def write_wav(path, audio, sampling_rate):
     """Write (channels, N), or (N,) for mono, as 16-bit WAV, clipped to [-1, 1]. Raises UserError.
-
-    By the standard library: sample.py starts without soundfile.
-    """
+    By the standard library: sample.py starts without soundfile."""
     audio = torch.atleast_2d(audio).float()                     # (channels, N)
     if not audio.isfinite().all():
         raise UserError(f"{path} is not written: the audio holds NaN or infinity")
-    pcm = (audio.clamp(-1, 1) * 32767).round().T.numpy().astype("<i2")          # (N, channels)
+    pcm = (audio.clamp(-1, 1) * 32767).round().T.numpy()        # (N, channels)
     with atomic_path(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setparams((len(audio), 2, sampling_rate, 0, "NONE", ""))
-        file.writeframes(pcm.tobytes())
+        file.writeframes(pcm.astype("<i2").tobytes())
 
 
 # ----------------------------------------------------------------------------- loudness
@@ -170,14 +161,13 @@ def loudness(audio, sampling_rate):
 def true_peak(audio, sampling_rate):
     """Largest value of (channels, N), also between samples: 4 times oversampled (BS.1770-4)."""
     between = resample(audio.float(), sampling_rate, 4 * sampling_rate)
-    return max(audio.abs().max().item(), between.abs().max().item())
+    both = torch.cat([audio, between], dim=1)
+    return both.abs().max().item()
 
 
 def normalise_loudness(audio, sampling_rate, target=-16.5, ceiling=-1.0):
     """(channels, N) -> (the same at `target` LUFS, gain, LUFS reached).
-
-    The gain is less where a true peak would pass `ceiling` dB; silence stays (reached: -inf).
-    """
+    The gain is less where a true peak would pass `ceiling` dB; silence stays (reached: -inf)."""
     before = loudness(audio, sampling_rate)
     if before == -inf:
         return audio, 1.0, before
@@ -187,46 +177,36 @@ def normalise_loudness(audio, sampling_rate, target=-16.5, ceiling=-1.0):
 
 
 def save_spectrogram(path, audios, titles, sampling_rate):
-    """Write a PNG with a spectrogram per audio ((channels, N) or (N,)) under its title.
-
-    Returns False, after one notice, where matplotlib is missing. Raises UserError if unwritable.
-    """
+    """Write a PNG with a spectrogram per audio ((channels, N) or (N,)) under its title. Without
+    matplotlib there is one notice instead. Raises UserError if unwritable."""
     n_fft = 2 ** round(log2(sampling_rate * 0.06))
-    hop = n_fft // 8
-    window = torch.hann_window(n_fft)
-    hz = np.arange(n_fft // 2 + 2) * sampling_rate / n_fft      # the bins' edges
     rows = ceil(len(audios) / 2)
     with warnings.catch_warnings(), picture(path, 12.8, 2.3 * rows + 0.4) as axes:
-        warnings.filterwarnings("ignore", message="Glyph")      # scripts that the font lacks
+        warnings.simplefilter("ignore")         # scripts that the font lacks, silence, short clips
         if axes is None:
-            return False
+            return
         figure = axes[0].figure
         figure.clear()
         figure.supxlabel("Hz over seconds; black: 80 dB below the peak", fontsize=9)
         for number, (audio, title) in enumerate(zip(audios, titles), 1):
-            mono = torch.atleast_2d(audio).mean(0)
-            spectrum = torch.stft(mono, n_fft, hop, window=window, pad_mode="constant",
-                                  return_complex=True).abs()    # (bins, frames)
-            share = spectrum / spectrum.max().clamp(min=1e-9)
-            decibel = 20 * share.clamp(min=1e-5).log10()
-            seconds = np.arange(decibel.shape[1] + 1) * hop / sampling_rate
-            axis = figure.add_subplot(rows, min(2, len(audios)), number)
-            axis.pcolormesh(seconds, hz, decibel, vmin=-80, vmax=0, cmap="magma")
+            axis = figure.add_subplot(rows, min(2, len(audios)), number, facecolor="black")
+            mono = torch.atleast_2d(audio).mean(0).numpy()
+            power, _, _, image = axis.specgram(mono, n_fft, sampling_rate, cmap="magma",
+                                               noverlap=n_fft * 7 // 8)
+            peak = 10 * log10(power.max() + 1e-20)
+            image.set_clim(peak - 80, peak)
             axis.set_yscale("symlog", linthresh=1000)           # nearly as the ear: mel
             lines = textwrap.wrap(title, 60)[:2]
             axis.set_title("\n".join(lines), fontsize=10, parse_math=False)
-    return True
 
 
 # ----------------------------------------------------------------------------- CLAP's front end
 
 class ClapMel(torch.nn.Module):
     """ClapFeatureExtractor in torch; the keywords are those of preprocessor_config.json.
-
     padding: "repeatpad" (repeated while it fits, then silence) or "pad". Clips longer than it hears
     are cut in the MIDDLE ("rand_trunc"), or become 4 mels, the whole shrunk and three chunks from
-    the middle of its thirds ("fusion"); the originals cut at random: scores change with each call.
-    """
+    the middle of its thirds ("fusion"); the originals cut at random: scores change each time."""
 
     def __init__(self, **settings):
         super().__init__()
@@ -239,10 +219,12 @@ class ClapMel(torch.nn.Module):
         self.sampling_rate = original.sampling_rate
         self.hop = original.hop_length
         self.samples = int(original.nb_max_samples)
+        self.frames = self.samples // self.hop + 1
         self.fused = truncation == "fusion"
-        filters = original.mel_filters if self.fused else original.mel_filters_slaney   # (K, M)
+        filters = original.mel_filters if self.fused else original.mel_filters_slaney
+        filters = torch.from_numpy(filters).float()                 # (K, M)
         window = torch.hann_window(original.fft_window_size)
-        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("window", window, persistent=False)
 
     def log_mel(self, audio):
@@ -253,8 +235,8 @@ class ClapMel(torch.nn.Module):
         spectrum = torch.stft(audio.to(exact), len(window), self.hop, window=window,
                               return_complex=True)                  # (B, K, F)
         power = spectrum.real ** 2 + spectrum.imag ** 2
-        mel = power.transpose(1, 2) @ self.filters.to(exact)      # (B, F, M)
-        return (10 * mel.clamp(min=CLAP_FLOOR).log10()).float()
+        mel = power.mT @ self.filters.to(exact)                     # (B, F, M)
+        return (10 * mel.clamp(min=1e-10).log10()).float()          # at least -100 dB
 
     def starts(self, count):
         """Where the three chunks begin: in the middle of each third of the places 0..count-1."""
@@ -263,22 +245,20 @@ class ClapMel(torch.nn.Module):
 
     def clip_mel(self, audio):
         """A clip (samples,) -> mels (1 or 4, F, M); is it longer, in frames, than what is heard?"""
-        samples = len(audio)
-        surplus = samples - self.samples
-        if surplus > 0 and not self.fused:
-            audio = audio[surplus // 2:][:self.samples]
-        elif surplus < 0 and self.padding == "repeatpad":
-            audio = audio.repeat(self.samples // samples)
-        silence = max(self.samples - len(audio), 0)
-        mel = self.log_mel(pad(audio, (0, silence))[None])          # (1, F or more, M)
+        longer = len(audio) > self.samples
+        if self.padding == "repeatpad" and not longer:
+            audio = audio.repeat(self.samples // len(audio))
+        if not (self.fused and longer):
+            audio = fit_audio(audio, self.samples)
+        mel = self.log_mel(audio[None])                             # (1, F or more, M)
         if not self.fused:
-            return mel, surplus > 0
-        frames = self.samples // self.hop + 1
-        places = mel.shape[1] - frames + 1
-        if places == 1:
+            return mel, longer
+        surplus = mel.shape[1] - self.frames
+        if surplus == 0:
             return mel.expand(4, -1, -1), False
-        whole = interpolate(mel[None], (frames, mel.shape[2]), mode="bilinear")[0]  # (1, F, M)
-        chunks = [mel[:, start:start + frames] for start in self.starts(places)]
+        size = (self.frames, mel.shape[2])
+        whole = interpolate(mel[None], size, mode="bilinear")[0]    # (1, F, M)
+        chunks = [mel[:, start:][:, :self.frames] for start in self.starts(surplus + 1)]
         return torch.cat([whole, *chunks]), True
 
     def forward(self, audios):
@@ -303,7 +283,6 @@ def main(argv=None):
         audio, gain, reached = normalise_loudness(audio, rate, args.lufs, args.true_peak)
         write_wav(path, audio, rate)
         print(f"wrote {path}: {reached:.1f} LUFS (gain {20 * log10(gain):+.1f} dB)")
-    print("next: listen to it; python sample.py --lufs -16.5 does the same to what it makes")
 
 
 if __name__ == "__main__":

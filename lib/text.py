@@ -27,8 +27,6 @@ MAX_TOKENS = 64                     # the official training length (its sampler 
 PUNCTUATION = ",.;:!?'\"-()&"
 WORD = rf"\w+|[^\w\s{re.escape(string.punctuation)}]+"      # a word, or symbols such as emoji
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-ENCODER = "T5EncoderModel"
-DECODER = ("decoder.", "lm_head.")
 TIED = ("shared.weight", "encoder.embed_tokens.weight")     # one tensor of T5 under two names
 HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"]
 
@@ -60,44 +58,41 @@ class TextEncoder(nn.Module):
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             return self.t5(ids.to(device), mask.to(device)).last_hidden_state
 
-    def unknown_words(self, prompt):
-        """The words of a prompt that no piece holds (they are spelt in bytes), each once."""
-        self.tokenizer.no_truncation()
-        spelling = {UNKNOWN, *map(self.tokenizer.token_to_id, BYTES)}
-        words = list(dict.fromkeys(re.findall(WORD, well_formed(prompt))))
-        encodings = self.tokenizer.encode_batch(words, add_special_tokens=False)
-        return [word for word, pieces in zip(words, encodings) if spelling & set(pieces.ids)]
-
     def save(self, folder, dtype=torch.float32):
         """Write the folder that `load` and transformers' from_pretrained both read."""
         folder = Path(folder)
-        tensors = {name: tensor.to(dtype) for name, tensor in self.t5.state_dict().items()}
+        tensors = self.t5.state_dict()
         del tensors[TIED[1]]                # stored once, as T5 checkpoints do
-        check_finite(tensors, "text encoder")
+        for name, tensor in tensors.items():
+            tensors[name] = check_finite(tensor.to(dtype), f"text encoder: {name}")
         save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
         self.tokenizer.no_truncation()
         write_text(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_tokens,
             "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"})
-        write_json(folder / "config.json", {**self.t5.config.to_dict(), "architectures": [ENCODER]})
+        config = self.t5.config.to_dict()
+        write_json(folder / "config.json", {**config, "architectures": ["T5EncoderModel"]})
 
     @classmethod
     def load(cls, folder, weights=None, dtype=torch.float32):
-        """Read a folder in Hugging Face layout. Raises UserError. Of a whole T5 no decoder is read.
-
-        weights: Weights in place of model.safetensors. Prompts are cut where tokenizer_config.json
-        says (FLAN-T5: 512 tokens; more than 100,000 is no limit), else at 64.
-        """
+        """Read a folder in Hugging Face layout, but no decoder. weights: in place of its own.
+        Prompts are cut where tokenizer_config.json says (FLAN-T5: 512 tokens; more than 100,000 is
+        no limit), else at 64. Raises UserError."""
         folder = Path(folder)
         config = read_json(folder / "config.json", dict)
         weights = weights or find_weights(folder, "model.safetensors")
-        names = {name: name for name in weights if not name.startswith(DECODER)}
+        decoder = ("decoder.", "lm_head.")
+        names = {name: name for name in weights if not name.startswith(decoder)}
         shared = TIED[1] if TIED[1] in names else TIED[0]
+        names |= {name: shared for name in TIED}
         path = folder / "tokenizer_config.json"
         with reading(folder, "take the config.json and weights of one T5 encoder"):
-            t5 = empty_t5(config, dtype)
-            load_weights(t5, weights.renamed({**names, **dict.fromkeys(TIED, shared)}))
+            with torch.device("meta"):      # no random numbers are drawn in vain
+                t5 = make_t5(**config)
+            t5 = empty(t5, dtype)
+            t5.encoder.embed_tokens = t5.shared         # to_empty parts the tied pair
+            load_weights(t5, weights.renamed(names))
             limit = read_json(path).get("model_max_length") if path.is_file() else None
             limit = limit if limit and limit <= 1e5 else MAX_TOKENS
         return cls(t5, read_tokenizer(folder), limit).eval()
@@ -105,19 +100,37 @@ class TextEncoder(nn.Module):
 
 def load_text_encoder(name):
     """The text encoder of a model folder, of a folder of its own, or of a hub id."""
-    files = ("config.json", "model.safetensors", "tokenizer*.json", "spiece.model")
+    files = [*HUB_FILES, "model.safetensors"]
     folder, _ = resolve(model_folder(name, files), "text_encoder")
     inner = folder / "text_encoder"
     return TextEncoder.load(inner if inner.is_dir() else folder)
 
 
+def load_text(folder, config, weights, dtype):
+    """The text encoder in text_encoder/, else in the folder or hub id that text_encoder_name gives.
+    weights: those inside tangoflux.safetensors or None; with them the hub gives no others."""
+    name = config["text_encoder_name"]
+    for place in (folder / "text_encoder", folder / name):
+        if place.is_dir():
+            return TextEncoder.load(place, None, dtype)
+    if not re.fullmatch(r"[\w-][^/]*/.+", name):
+        raise UserError(f"{folder / name} is missing; a model folder needs its text_encoder/")
+    files = HUB_FILES if weights else [*HUB_FILES, "model.safetensors"]
+    place = fetch(name, files, f"put its files into {folder / 'text_encoder'}")
+    return TextEncoder.load(place, weights, dtype)
+
+
 def warn_of_unknown_words(text, prompts, sounds):
     """One warning for all words that the toy's tokenizer has no piece for (it spells them)."""
-    unknown = {word[:40] for prompt in prompts for word in text.unknown_words(prompt)}
+    tokenizer = text.tokenizer
+    tokenizer.no_truncation()
+    spelling = {UNKNOWN, *map(tokenizer.token_to_id, BYTES)}
+    words = sorted(set(re.findall(WORD, well_formed(" ".join(prompts)))))
+    encodings = tokenizer.encode_batch(words, add_special_tokens=False)
+    unknown = [word[:40] for word, pieces in zip(words, encodings) if spelling & set(pieces.ids)]
     if unknown:
-        words = ", ".join(sorted(unknown)[:8])
-        warn(f"this model has no words for: {words}. The bundled one knows these sounds: "
-             f"{', '.join(sounds)}. For all else: --checkpoint declare-lab/TangoFlux")
+        warn(f"this model has no words for: {', '.join(unknown[:8])}. The bundled one knows these "
+             f"sounds: {', '.join(sounds)}. For all else: --checkpoint declare-lab/TangoFlux")
 
 
 def well_formed(prompt):
@@ -127,9 +140,9 @@ def well_formed(prompt):
 
 def pad_tokens(rows, pad):
     """Lists of token ids -> ids (B, S) long, padded to the longest, and mask (B, S) bool."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tensors = [torch.tensor(row) for row in rows]
-    ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad)   # (B, S)
+    rows = [torch.tensor(row) for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])                          # (B,)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)               # (B, S)
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
@@ -137,15 +150,6 @@ def make_t5(**config):
     """A T5EncoderModel. Importing transformers takes seconds, so it happens here."""
     from transformers.models.t5 import configuration_t5, modeling_t5
     return modeling_t5.T5EncoderModel(configuration_t5.T5Config(**config))
-
-
-def empty_t5(config, dtype):
-    """A T5EncoderModel with uninitialised weights: no random numbers are drawn in vain."""
-    with torch.device("meta"):
-        t5 = make_t5(**config)
-    t5 = empty(t5, dtype)
-    t5.encoder.embed_tokens = t5.shared     # to_empty parts the tied pair
-    return t5
 
 
 def read_tokenizer(folder):
@@ -159,30 +163,12 @@ def read_tokenizer(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
 
 
-def load_text(folder, config, weights, dtype):
-    """The text encoder in text_encoder/, else in the folder or hub id that text_encoder_name gives.
-
-    weights: those inside tangoflux.safetensors or None; with them the hub gives no others.
-    """
-    name = config["text_encoder_name"]
-    for place in (folder / "text_encoder", folder / name):
-        if place.is_dir():
-            return TextEncoder.load(place, None, dtype)
-    if not re.fullmatch(r"[\w-][^/]*/.+", name):
-        raise UserError(f"{folder / name} is missing; a model folder needs its text_encoder/")
-    files = HUB_FILES if weights else [*HUB_FILES, "model.safetensors"]
-    place = fetch(name, files, f"put its files into {folder / 'text_encoder'}")
-    return TextEncoder.load(place, weights, dtype)
-
-
 # ----------------------------------------------------------------------------- the toy encoder
 
 def make_tokenizer(words, special=SPECIAL, template="$A </s>"):
     """Whole words as pieces, all else in UTF-8 bytes: no caption is out of reach. Lower case, NFKC.
-
     Ids: the `special` tokens in their order (T5's: 0 <pad>, 1 </s>, 2 <unk>, the last never used),
-    256 bytes, a space mark, the words. template: where special tokens stand around a text $A.
-    """
+    256 bytes, a space mark, the words. template: where special tokens stand around a text $A."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     pre_tokenizer = pre_tokenizers.Sequence([
@@ -216,11 +202,9 @@ def make_text_encoder(words, width=128, layers=2, heads=4, d_ff=256, seed=0):
 @torch.no_grad()
 def look_both_ways(attention):
     """Start T5's position biases so that half the heads look back and half look ahead.
-
     Word order reaches the flow through these alone, and T5 starts them near 0: until Adam has moved
     them, a thousandth a step, captions are bags of words. Here a head's bias falls by 0.5 a token
-    (phrases) or 2 (the neighbour) to one side, down to -5, and is -5 on the other side.
-    """
+    (phrases) or 2 (the neighbour) to one side, down to -5, and is -5 on the other side."""
     table = attention.relative_attention_bias.weight            # (buckets, heads)
     buckets, heads = table.shape
     slope = torch.tensor([-0.5, 0.5, -2, 2]).repeat(heads)[:heads]
@@ -230,18 +214,6 @@ def look_both_ways(attention):
         bucket = attention._relative_position_bucket(place, True, buckets, furthest)
         fall = place * slope                                    # (heads,)
         table[bucket] = torch.where(fall >= 0, -fall.abs(), -5).clamp(min=-5)
-
-
-def null_tokens(lengths, size=None):
-    """The one null text, "" (a lone </s>), padded to each prompt's OWN length (B,), S: `size`.
-
-    -> ids (B, S); attention mask (B, S) for T5 and the pooled vector: the </s> alone; visible mask
-    (B, S) for the flow: the row's own length, as the official sampler, a prompt at a time, has it.
-    """
-    size = size or int(lengths.max())
-    positions = torch.arange(size, device=lengths.device)       # (S,)
-    attention = (positions == 0).expand(len(lengths), size).clone()  # (B, S)
-    return attention.long() * END, attention, positions < lengths[:, None]      # PAD is 0
 
 
 # ----------------------------------------------------------------------------- conditions
@@ -267,32 +239,44 @@ def null_score(like):
     return torch.full((len(like),), math.nan, device=like.device)
 
 
+def null_tokens(lengths):
+    """The one null text, "" (a lone </s>), padded to each prompt's OWN length (B,) -> ids (B, S);
+    attention mask (B, S) for T5 and the pooled vector: the </s> alone; visible mask (B, S) for the
+    flow: the row's own length, as the official sampler, a prompt at a time, has it."""
+    positions = torch.arange(int(lengths.max()), device=lengths.device)         # (S,)
+    attention = (positions == 0).repeat(len(lengths), 1)                        # (B, S)
+    return attention.long() * END, attention, positions < lengths[:, None]      # PAD is 0
+
+
 def null_condition(text_encoder, condition, prompt=""):
     """The unconditional branch: the null text "" (or a negative prompt), no score, same duration.
-
-    The null is padded to each row's own length (official), with the tokens of `null_tokens`.
-    """
+    The null is padded to each row's own length (official), with the tokens of `null_tokens`."""
     ids, mask = text_encoder.tokenize([prompt])                                 # (1, S')
     lengths = condition.pooled_mask.sum(1).clamp(min=ids.shape[1])              # (B,)
     padding = 0, max(0, condition.text.shape[1] - ids.shape[1])
     mask = F.pad(mask, padding).expand(len(lengths), -1).to(lengths.device)     # (B, S)
     hidden = text_encoder.encode(F.pad(ids, padding).expand_as(mask), mask)     # (B, S, T)
-    visible = torch.arange(mask.shape[1], device=lengths.device) < lengths[:, None]
-    return Condition(hidden, None if condition.mask is None else visible, mask, condition.duration,
-                     None if condition.score is None else null_score(condition.score))
+    visible = score = None
+    if condition.mask is not None:
+        visible = torch.arange(mask.shape[1], device=lengths.device) < lengths[:, None]
+    if condition.score is not None:
+        score = null_score(condition.score)
+    return Condition(hidden, visible, mask, condition.duration, score)
 
 
 def moved(condition, device, rows=slice(None)):
     """A condition, or the part `rows` (a slice or an index) of it, on `device`."""
-    return Condition(*(part if part is None else part[rows].to(device) for part in condition))
+    parts = [part if part is None else part[rows].to(device) for part in condition]
+    return Condition(*parts)
 
 
-def joined(*parts):
-    """Tensors (B, ...) as one batch, (B, S, ...) with zeros up to the longest S; None stays."""
-    if parts[0] is None:
+def joined(first, second):
+    """Tensors (B, ...) as one batch, (B, S, ...) with zeros up to the longer S; None stays."""
+    if first is None:
         return None
-    rows = [row for part in parts for row in part]
-    return torch.stack(rows) if rows[0].ndim == 0 else pad_sequence(rows, batch_first=True)
+    if first.ndim == 1:
+        return torch.cat([first, second])
+    return pad_sequence([*first, *second], batch_first=True)
 
 
 def concat_conditions(first, second):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,42 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 PARITY = ROOT.parent / "shared" / "parity"
-
-
 # pictures are an extra: tests of them run where matplotlib is installed (as in CI's second round)
 PICTURES = importlib.util.find_spec("matplotlib") is not None
+TINY = dict(num_layers=1, num_single_layers=1, in_channels=4, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=16, audio_seq_len=64, max_duration=4.096, axes_dims_rope=[2, 2, 4])
+TINY_MEL = dict(data_dim=80, embed_dim=4, hidden_dim=8, ch_mult=[1, 1, 1], num_res_blocks=1, attn_layers=[],
+                down_layers=[0, 1])
+TINY_OFFICIAL = dict(                           # of bench.full_size.random_folder
+    flow=dict(num_layers=1, num_single_layers=1, in_channels=4, attention_head_dim=16, num_attention_heads=2,
+              joint_attention_dim=32, audio_seq_len=24, max_duration=1.0, axes_dims_rope=[4, 6, 6]),
+    codec=dict(encoder_hidden_size=8, downsampling_ratios=[2, 4, 4], channel_multiples=[1, 1, 2], decoder_channels=8,
+               decoder_input_channels=4, sampling_rate=768),
+    text=dict(width=32, layers=1, heads=2, d_ff=32), words=200)
 
 
 class Fixture:
     """One set of numbers of an original implementation: `info` (json), `weights` and `tensors` (safetensors)."""
 
     def __init__(self, name):
-        from safetensors.torch import load_file
+        self.name = name
         self.info = json.loads((PARITY / f"{name}.json").read_text())
-        self.load = lambda stem: load_file(PARITY / f"{stem}.safetensors")
-        self.weights = self.load(name) if (PARITY / f"{name}.safetensors").exists() else {}
-        tensors = PARITY / f"{name}_tensors.safetensors"
-        self.tensors = self.load(f"{name}_tensors") if tensors.exists() else {}
+
+    def load(self, stem):
+        from safetensors.torch import load_file
+        return load_file(PARITY / f"{stem}.safetensors")
+
+    weights = cached_property(lambda self: self.load(self.name))
+    tensors = cached_property(lambda self: self.load(f"{self.name}_tensors"))
 
 
 @pytest.fixture
 def parity():
     """parity("tangoflux_tiny") -> Fixture; skips where the numbers are absent (they must be there in CI)."""
-    def open_fixture(name):
-        if not PARITY.is_dir():
-            if os.environ.get("CI"):
-                pytest.fail("the parity fixtures are absent in CI")
-            pytest.skip("the parity fixtures are not beside this checkout")
-        return Fixture(name)
-    return open_fixture
+    if not PARITY.is_dir():
+        assert not os.environ.get("CI"), "the parity fixtures are absent in CI"
+        pytest.skip("the parity fixtures are not beside this checkout")
+    return Fixture
 
 
 def assert_layout(module, official):

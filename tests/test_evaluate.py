@@ -10,9 +10,8 @@ import torch
 
 import evaluate
 import lib.mel
-from conftest import PARITY, refused, small_judges
+from conftest import PARITY, TINY, TINY_MEL, refused, small_judges
 from experiments import toy
-from golden.make_golden import TINY, TINY_MEL
 from lib.audio import write_wav
 from lib.common import read_jsonl, write_jsonl
 from lib.text import make_text_encoder

@@ -1,10 +1,13 @@
 """What the first edition computed (commit 3aa9344), computed by today's functions from the same inputs.
 
-golden/ holds 240 numbers and arrays, and make_golden.py, whose function NAME says how those called NAME.KEY were made.
-Its namesake in `Goldens` makes them today; golden/run_* are runs that were stopped: they are resumed.
+golden/ holds 240 numbers and arrays named NAME.KEY, and runs that were stopped (run_*): function NAME of `Goldens` makes
+the former today, the latter are resumed. golden.json says in words how each was made ("how") and how far it may move: three
+times what it moved between kernels of the CPU. The code that made them runs in a checkout of 3aa9344 alone, and stays in
+history: `git show 980f06f:tests/golden/make_golden.py`, and so make_fixtures.py for the files and the stopped runs.
 """
 import importlib
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache, partial
@@ -22,19 +25,18 @@ import reward
 import sample
 import train_fm
 from bench import full_size
-from conftest import planted
+from conftest import ROOT, TINY, TINY_MEL, TINY_OFFICIAL, noise, planted
 from data import open_cache, prepare, world_cache
 from experiments import toy
-from golden import make_golden
-from golden.make_golden import PROMPTS, TINY, TINY_MEL, fixed, movement, norms
 from lib import audio as sound, fast, mel, oobleck, text, weights
-from lib.common import ALIGNED, BASE, HERE as ROOT, derive_seed, generator, parse_flags, pick, read_jsonl
+from lib.common import ALIGNED, BASE, derive_seed, generator, parse_flags, pick, read_jsonl
 from lib.text import encode_prompts, null_condition
 from lib.weights import muon_takes, trainable
 from model import PRESETS, TangoFlux, load_model, with_score_head
 from world import ears, scenes, sounds, train_clap, train_ears, train_ranker, votes as poll
 
-HERE, SOUNDS, make_golden.OLD = ROOT / "tests" / "golden", ROOT / "sounds", ROOT
+HERE, SOUNDS = ROOT / "tests" / "golden", ROOT / "sounds"
+PROMPTS = ["rain", "a violin followed by rain", "first three beeps, then a choir singing, and finally wind"]
 FROZEN = json.loads((HERE / "golden.json").read_text(encoding="utf-8"))
 VALUES = {**load_file(HERE / "golden.safetensors"), **FROZEN["values"]}         # {"NAME.KEY": tensor or JSON}
 VALUES["ranker.report"].pop("sources")          # accuracies of each source: gone on purpose
@@ -63,6 +65,28 @@ def training_data():
     """World("train") scenes 0-7 by the base codec, and their texts -> Data."""
     latents = world_cache("latents", base().codec, "train", 8, workers=0)
     return prepare(latents, latents.kept, base().text, 64, frozen=False)
+
+
+def norms(named, before=None):
+    """Of {name: tensor} sorted by name: sums and norms (K, 2); with `before`, of the differences to those."""
+    tensors = [named[name].detach().float() - (before[name] if before else 0) for name in sorted(named)]
+    return torch.stack([torch.stack([t.double().sum(), t.double().norm()]) for t in tensors]).float()
+
+
+def movement(one, other):
+    """Largest difference over the largest number, of tensors or of the numbers in JSON; inf if all else differs."""
+    if isinstance(one, torch.Tensor):
+        if one.shape != other.shape or not torch.equal(one.isnan(), other.isnan()):
+            return np.inf
+        one, other = one.double().nan_to_num(), other.double().nan_to_num()
+        return ((one - other).abs().max() / one.abs().max().clamp(min=1e-30)).item() if one.numel() else 0.0
+    if isinstance(one, dict):
+        return movement([*one.values()], [other[key] for key in one]) if one.keys() == other.keys() else np.inf
+    if isinstance(one, list):
+        return max(map(movement, one, other), default=0.0) if len(one) == len(other) else np.inf
+    if isinstance(one, float) and isinstance(other, float) and one == one:
+        return np.nan_to_num(abs(one - other) / max(abs(one), 1e-30), nan=np.inf)
+    return 0.0 if one == other or (one != one and other != other) else np.inf
 
 
 def gradients(module):
@@ -106,25 +130,27 @@ def intervals(rows):
     return dict(zip(ears.scores(rows[0]), zip(*drawn)))
 
 
-def end_of(name):
+def end_of(name, monkeypatch):
     """Go on with a stopped run in a copy, by its old command line; the weights that it ends with, its log's losses."""
+    shutil.copytree(HERE, "golden", ignore=shutil.ignore_patterns("golden.*"))
+    for folder in ("checkpoints", "sounds"):
+        Path(folder).symlink_to(ROOT / folder)
     _, script, *words = FROZEN["commands"][name].split()
     module = importlib.import_module({"train_tagger.py": "world.train_ears"}.get(script, script.removesuffix(".py")))
     out, found = Path(words[words.index("--out") + 1]), {}
-    with make_golden.stage(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [script, *words])
-        patch.setattr(scenes, "in_order", lambda function, jobs, workers: map(function, jobs))
-        logs = {path: path.read_text() for path in out.rglob("log.jsonl")}
-        module.main()
-        assert all(path.read_text().startswith(rows) for path, rows in logs.items()), "it was begun anew"
-        for file in (key[len(name) + 1:-6] for key in VALUES if key.startswith(name) and key.endswith(".names")):
-            tensors = torch.load(out / file, weights_only=True) if file.endswith(".pt") else load_file(out / file)
-            tensors = tensors.get("weights", tensors.get("tagger", tensors))
-            tensors = {key: t.float() for key, t in tensors.items() if t.is_floating_point()}
-            largest = max(sorted(tensors), key=lambda key: tensors[key].numel())
-            rows = [row["loss"] for row in read_jsonl((out / file).with_name("log.jsonl")) if "loss" in row]
-            found |= {file: norms(tensors), f"{file}.names": sorted(tensors), f"{file}.losses": rows,
-                      f"{file}.first": tensors[largest].flatten()[:64]}
+    monkeypatch.setattr("sys.argv", [script, *words])
+    monkeypatch.setattr(scenes, "in_order", lambda function, jobs, workers: map(function, jobs))
+    logs = {path: path.read_text() for path in out.rglob("log.jsonl")}
+    module.main()
+    assert all(path.read_text().startswith(rows) for path, rows in logs.items()), "it was begun anew"
+    for file in (key[len(name) + 1:-6] for key in VALUES if key.startswith(name) and key.endswith(".names")):
+        tensors = torch.load(out / file, weights_only=True) if file.endswith(".pt") else load_file(out / file)
+        tensors = tensors.get("weights", tensors.get("tagger", tensors))
+        tensors = {key: t.float() for key, t in tensors.items() if t.is_floating_point()}
+        largest = max(sorted(tensors), key=lambda key: tensors[key].numel())
+        rows = [row["loss"] for row in read_jsonl((out / file).with_name("log.jsonl")) if "loss" in row]
+        found |= {file: norms(tensors), f"{file}.names": sorted(tensors), f"{file}.losses": rows,
+                  f"{file}.first": tensors[largest].flatten()[:64]}
     return found
 
 
@@ -135,7 +161,7 @@ class Goldens:
     fm_muon = partial(steps_of, None, 10.0, 2e-3, 2)
 
     def velocity():
-        flow, x, t = base().flow, fixed(3, 64, 48), torch.tensor([0.9, 0.5, 0.1])
+        flow, x, t = base().flow, noise(3, 64, 48), torch.tensor([0.9, 0.5, 0.1])
         condition = encode_prompts(base().text, PROMPTS, torch.tensor([1.0, 2.0, 4.0]))
         null = null_condition(base().text, condition)
         return {"velocity": flow.velocity(x, t, condition)[:, ::8], "null": flow.velocity(x, t, null)[:, ::8]}
@@ -158,10 +184,10 @@ class Goldens:
                 "grid": train_fm.on_grid(train_fm.logit_normal_t(6, generator(0)), 1000)}
 
     def official_profile():
-        full_size.random_folder("tiny", "tiny")
+        full_size.random_folder("tiny", **TINY_OFFICIAL)
         args, prompts = parse_flags("", sample.FLAGS, [], sample.PROFILES["official"]), [full_size.PROMPT] * 2
-        given, noise = ("tiny", prompts, [1.0] * 2, 0, None), sample.official_noise(0, [2], (24, 4))
-        audios, rate = sample.prompts_to_audio(*given, pick(sample.Sampling, args), noise=noise, batch_size=2,
+        given, start = ("tiny", prompts, [1.0] * 2, 0, None), sample.official_noise(0, [2], (24, 4))
+        audios, rate = sample.prompts_to_audio(*given, pick(sample.Sampling, args), noise=start, batch_size=2,
                                                max_text_length=args.max_text_length)
         return {"audio": torch.stack(audios)[..., ::4], "rate": rate, "profiles": sample.PROFILES,
                 "sampler": {name: getattr(args, name) for name in VALUES["official_profile.sampler"]}}
@@ -180,7 +206,7 @@ class Goldens:
             torch.manual_seed(1)
             for name, parameter in flow.named_parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter) if "score_embed" in name else 0)
-            found[head] = flow.velocity(fixed(2, 16, 4), torch.tensor([0.7, 0.3]), condition)
+            found[head] = flow.velocity(noise(2, 16, 4), torch.tensor([0.7, 0.3]), condition)
         return found
 
     def fm_validation():
@@ -206,9 +232,9 @@ class Goldens:
         return {"parts": [*parts.values()], "names": [*parts], "grad_norm": [total], "gradients": gradients(policy)}
 
     def crpo_loss():
-        rows, errors = [], crpo.flow_matching_loss(*fixed(2, 3, 5, 4))[1]
+        rows, errors = [], crpo.flow_matching_loss(*noise(2, 3, 5, 4))[1]
         for settings in ((2000.0, 0.5, 1.0), (10.0, 0.5, 1.0), (3.0, 1.0, 0.0)):
-            loss, parts = crpo.crpo_loss(*fixed(4, 6).abs(), *settings)
+            loss, parts = crpo.crpo_loss(*noise(4, 6).abs(), *settings)
             rows.append([loss.item(), *parts.values()])
         return {"rows": rows, "names": ["loss", *parts], "mean": errors, "sum": errors * 5 * 4}
 
@@ -231,8 +257,8 @@ class Goldens:
         return {"untrained": untrained(features)[:64], "log": [[row["loss"], row["validation"]] for row in log],
                 "scores": network(features)[:64], "weights": norms(learned), "names": sorted(learned),
                 "report": train_ranker.report(network.utility(features).detach().numpy(), held, truth),
-                "parts": [len(part) for part in parts], "bands": reward.band_statistics(fixed(80, 64), 14000),
-                "ranknet": reward.ranknet_loss(*fixed(2, 5), torch.tensor([1.0, 0, 0.5, 1, 0]))[None]}
+                "parts": [len(part) for part in parts], "bands": reward.band_statistics(noise(80, 64), 14000),
+                "ranknet": reward.ranknet_loss(*noise(2, 5), torch.tensor([1.0, 0, 0.5, 1, 0]))[None]}
 
     def votes():
         world, log_mel = scenes.World("train", seed=5000), mel.LogMel(**mel.MEL_16K)
@@ -270,7 +296,7 @@ class Goldens:
     def tagger_training():
         torch.manual_seed(0)
         network = ears.Tagger(["hum", "click", "whistle"], ["click"], 24, 1)
-        batch = fixed(4, 80, 64) - 2.5, (fixed(4, 16, 3, seed=1) > 1).float(), fixed(4, 32, 1).abs() * 0.1
+        batch = noise(4, 80, 64) - 2.5, (noise(4, 16, 3, seed=1) > 1).float(), noise(4, 32, 1).abs() * 0.1
         parts = train_ears.tagger_loss(network(batch[0]), *batch[1:], torch.tensor([[1], [0], [2], [-1]]))
         loss = sum(parts.values())
         loss.backward()
@@ -287,13 +313,13 @@ class Goldens:
             found["almost"].append([scenes.almost(*given) for _ in range(3)])
             found["misses"].append(scenes.near_misses(*given, 4))
             found["relative"].append(asdict(scenes.relative(scene, rng)))
-        rows = [torch.nn.functional.normalize(fixed(n, 8, seed=seed), dim=-1) for n, seed in ((4, 0), (4, 1), (8, 2))]
+        rows = [torch.nn.functional.normalize(noise(n, 8, seed=seed), dim=-1) for n, seed in ((4, 0), (4, 1), (8, 2))]
         same = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).bool()
         loss, ranked = train_clap.contrastive_loss(*rows, 10.0, 12.0, same), train_clap.ranked_right(*rows)
         return {**found, "loss": torch.stack([loss, ranked.float().mean()])}
 
     def mel_codec():
-        audio, codec, latents = val_scenes()[0][:2, None], base().codec, fixed(2, 3, 48)
+        audio, codec, latents = val_scenes()[0][:2, None], base().codec, noise(2, 3, 48)
         (mean, std), image = codec.encode(audio), codec.log_mel(audio)
         losses = codec.losses(image, generator(0))
         return {"mean": mean[:, ::4], "std": std[:, ::4], "mel": image[:, ::4, ::8], "names": list(losses),
@@ -304,20 +330,20 @@ class Goldens:
     def mel_codec_training():
         torch.manual_seed(0)
         codec = mel.MelVAE(**TINY_MEL).train()
-        losses = codec.losses(fixed(2, 80, 32) - 2, generator(0))
+        losses = codec.losses(noise(2, 80, 32) - 2, generator(0))
         (losses["mel"] + 1e-3 * losses["kl"]).backward()
         return {"parts": torch.stack([*losses.values()]), "names": [*losses], "gradients": gradients(codec),
                 "trained": sorted(name for name, p in codec.named_parameters() if p.grad is not None)}
 
     def oobleck():
         torch.manual_seed(0)
-        codec, audio = oobleck.Oobleck(**TINY_OOBLECK), 0.1 * fixed(2, 1, 2048)
+        codec, audio = oobleck.Oobleck(**TINY_OOBLECK), 0.1 * noise(2, 1, 2048)
         (mean, std), losses = codec.encode(audio), codec.losses(audio, generator(0))
         return {"mean": mean, "std": std, "audio": codec.decode(mean)[..., ::8], "names": list(losses),
                 "losses": torch.stack([*losses.values()])}
 
     def resampled():
-        audio, pairs = 0.2 * fixed(1, 4000), ((16000, 44100), (44100, 16000), (48000, 44100), (16000, 48000))
+        audio, pairs = 0.2 * noise(1, 4000), ((16000, 44100), (44100, 16000), (48000, 44100), (16000, 48000))
         found = {f"{a}_{b}": sound.resample(audio, a, b) for a, b in pairs}
         cut = [sound.fit_audio(audio, size, crop)[0, :50] for size in (3000, 5000) for crop in ("center", "start")]
         return {**{key: out[:, ::7] for key, out in found.items()}, "fit": torch.stack(cut),
@@ -401,7 +427,7 @@ class Goldens:
 @pytest.mark.parametrize("name", FROZEN["how"])
 def test_golden(name, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
-    made, far = end_of(name) if name in FROZEN["commands"] else getattr(Goldens, name)(), {}
+    made, far = end_of(name, monkeypatch) if name in FROZEN["commands"] else getattr(Goldens, name)(), {}
     for key in (key for key in FROZEN["goldens"] if key.split(".")[0] == name and key not in GONE):
         ours, golden, tolerance = made[key.removeprefix(f"{name}.")], VALUES[key], FROZEN["goldens"][key]["tolerance"]
         ours = json.loads(json.dumps(ours)) if key in FROZEN["values"] else torch.as_tensor(ours).detach().float()

@@ -28,18 +28,18 @@ def test_the_house_is_small():
     assert sum(lines[name] for name in AFTERNOON) <= 3000
     assert max(lines.values()) < 500, max(lines, key=lines.get)
     # what is reached, so that it gets no worse; the aims are 8,500 and 5,000
-    assert sum(lines.values()) <= 9660
-    assert figures((ROOT / "tests").glob("*.py"))["lines"] <= 5140
+    assert sum(lines.values()) <= 9170
+    assert figures((ROOT / "tests").glob("*.py"))["lines"] <= 5045
 
 
 def test_lines_are_plain():
     found = figures(KNOWN.values())
-    # what is reached, so that it gets no worse; the aims are 5.8 nodes, 54 characters, 6 statements
-    assert found["nodes"] / found["code lines"] <= 6.5
-    assert found["characters"] / found["code lines"] <= 55
-    assert found["two comprehensions"] <= 9
-    assert found["lines over 100"] <= 6
-    assert found["functions taking args"] <= 10
+    # what is reached, so that it gets no worse; the aims are 5.8 nodes, 54 characters
+    assert found["nodes"] / found["code lines"] <= 6.37
+    assert found["characters"] / found["code lines"] <= 54.5
+    assert found["two comprehensions"] <= 3
+    assert found["lines over 100"] == 0
+    assert found["functions taking args"] <= 7
     assert found["functions over 60 lines"] <= 1
 
 

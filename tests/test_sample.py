@@ -224,7 +224,7 @@ def test_odd_prompts_warn(folder, tmp_path, capsys):
     ("--prompt_file missing.txt", "missing.txt is missing"), ("--prompt_file empty.txt", "has no prompt in it"),
     ("--prompt_file rows.jsonl", "rows.jsonl cannot"), ("--prompt_file nan.jsonl", "nan.jsonl cannot"),
     ("--prompt_file binary.txt", "binary.txt cannot"), ("--output a.mp3", "only WAV files"),
-    ("--output empty.txt/inside", "cannot write into"), ("--num_samples 2 --output one.wav", "is one file"),
+    ("--output empty.txt/inside", "cannot write"), ("--num_samples 2 --output one.wav", "is one file"),
     ("--checkpoint nowhere", "nowhere is missing"), ("--device abacus", "abacus")])
 def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

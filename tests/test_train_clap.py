@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_exactly_and_with_its_own_settings(tmp_path, monkey
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--width", "12"], "--width must be a multiple of 8"), (["--scenes", "2"], "--scenes 2"),
+    (["--width", "10"], "config.json of the CLAP cannot be used"), (["--scenes", "2"], "--scenes 2"),
     (["--batch_size", "6"], "must be a multiple of --family 4"), (["--learning_rate", "nan"], "must lie between")])
 def test_wrong_flags_are_told_before_anything_is_written(flags, message, tmp_path):
     refused(message, train_clap.main, ["--out", str(tmp_path / "out"), *flags])

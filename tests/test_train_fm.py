@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill_at, relative_error
-from golden.make_golden import TINY, TINY_MEL
+from conftest import ROOT, TINY, TINY_MEL, kill_at, relative_error
 
 import train_fm
 from data import prepare

@@ -4,15 +4,15 @@ import sys
 
 import pytest
 import torch
-from conftest import relative_error
-from golden.make_golden import TINY_MEL
+from conftest import TINY_MEL, refused, relative_error
 from test_mel import tone_clip
 from test_train_fm import state_of
 
 import vae
 from lib.audio import write_wav
-from lib.common import UserError, generator, read_json, read_jsonl, run_main, write_json, write_jsonl
+from lib.common import generator, read_json, read_jsonl, run_main, write_json, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_OOBLECK = dict(encoder_hidden_size=4, downsampling_ratios=[4, 8, 8], channel_multiples=[1, 2, 2],
                     decoder_channels=4, decoder_input_channels=4, audio_channels=1, sampling_rate=16000)
 
@@ -40,15 +40,15 @@ def test_save_and_load_round_trip(tmp_path, kind, config):
 
 
 def test_broken_folders_are_one_line_errors(tmp_path):
-    with pytest.raises(UserError, match="missing"):
-        vae.load_codec(tmp_path / "nowhere")
+    refused("missing", vae.load_codec, tmp_path / "nowhere")
     vae.save_codec(tmp_path, vae.make_codec("mel", TINY_MEL))
     config = read_json(tmp_path / "config.json")["vae"]
-    for broken, message in (({**config, "hidden_dim": 16}, "does not fit"), ({**config, "colour": 1}, "must describe"),
-                            ({**config, "codec": "mp3"}, "mel or oobleck"), (3, "must describe a codec")):
-        write_json(tmp_path / "config.json", {"vae": broken})
-        with pytest.raises(UserError, match=message):
-            vae.load_codec(tmp_path)
+    for broken, message in (({"hidden_dim": 16}, "does not fit"), ({"colour": 1}, "must describe"),
+                            ({"codec": "mp3"}, "mel or oobleck")):
+        write_json(tmp_path / "config.json", {"vae": {**config, **broken}})
+        refused(message, vae.load_codec, tmp_path)
+    write_json(tmp_path / "config.json", {"vae": 3})
+    refused("must describe a codec", vae.load_codec, tmp_path)
 
 
 def test_batches_and_validation_depend_on_their_seeds_alone():
@@ -59,12 +59,11 @@ def test_batches_and_validation_depend_on_their_seeds_alone():
     assert vae.draw_batch(examples, 2, 999, 4, generator(0)).shape == (2, 1, 64)
     codec, examples = vae.make_codec("mel", TINY_MEL), torch.randn(3, 80, 16)
     first, again = (vae.validate(codec, examples, {"kl": 1.0}) for _ in range(2))
-    assert first == again and codec.training
+    assert first == again
     rows = [{"audio": f"/sounds/{i // 2}.wav", "caption": str(i)} for i in range(80)]       # two captions each
     training, held_out = vae.split_clips(rows, 0)
     assert len({row["audio"] for row in training + held_out}) == len(training) + len(held_out) == 40 and held_out
-    with pytest.raises(UserError, match="two usable sound files"):
-        vae.split_clips(rows[:2], 0)
+    refused("two usable sound files", vae.split_clips, rows[:2], 0)
 
 
 def run(monkeypatch, out, *extra, codec="mel"):
@@ -77,7 +76,7 @@ def run(monkeypatch, out, *extra, codec="mel"):
 
 
 def error_of(monkeypatch, capsys, *arguments):
-    """What the command says on stderr; it must end with exit code 2."""
+    """What the command says on stderr, before it ends with exit code 2."""
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *arguments)
     assert stop.value.code == 2
@@ -147,8 +146,13 @@ def test_a_codec_learns_a_manifest_and_another_run_starts_from_it(tmp_path, monk
     assert config["vae_training"]["config"] == vae.load_codec(tmp_path / "run").config
 
 
+def test_an_unwritable_folder_is_told_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(vae, "make_codec", None)
+    assert "cannot write" in error_of(monkeypatch, capsys, "/proc/no")
+
+
 @pytest.mark.parametrize("extra, message", [("--config nonsense", "nonsense"), ("--data nowhere.jsonl", "missing"),
-                                            ("--checkpoint nowhere", "missing"), ("--out /proc/no", "cannot write")])
+                                            ("--checkpoint nowhere", "missing")])
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, extra, message):
     said = error_of(monkeypatch, capsys, tmp_path, "--steps", "1", *extra.split())
     assert len(said.splitlines()) == 1 and message in said

@@ -1,8 +1,4 @@
-"""Copies the parts of runs into a model folder, in float16: how checkpoints/toy was made.
-
-    python -m world.bundle --flow runs/base_hard --out runs/toy/base
-    python -m world.bundle --flow runs/crpo/iteration_5 --parts_of ../base --out runs/toy/aligned
-    python -m world.bundle --clap_reward runs/clap_reward --out runs/toy/base
+"""Copies the parts of runs into a model folder, in float16.
 
 All of checkpoints/toy from seeds, in this order; a killed command goes on where it was:
 
@@ -28,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from lib.common import UserError, check_writable, flag, parse_flags, run_main
+from lib.common import flag, parse_flags, run_main
 from model import load_model, save_model
 from reward import load_clap
 from world.ears import FILES, load_tagger, save_tagger
@@ -38,17 +34,13 @@ EARS = {Path(name).stem: which for which, name in FILES.items()}    # "tagger": 
 FLAGS = {"what": [
     flag("--flow", None, "run or model folder of the flow, with codec and text encoder"),
     flag("--parts_of", None, "relative folder that has codec and text encoder; none: copy them"),
-    *[flag(f"--{name}", None, f"folder of the {which} tagger") for name, which in EARS.items()],
-    *[flag(f"--{name}", None, f"folder of the CLAP {name}") for name in CLAPS],
-    flag("--out", None, "model folder")]}
+    *[flag(f"--{name}", None, f"folder of a trained {name}") for name in (*EARS, *CLAPS)],
+    flag("--out", "runs/toy", "model folder to write")]}
 
 
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
-    if args.out is None:
-        raise UserError("--out is missing: the model folder to write")
     out = Path(args.out)
-    check_writable(out / "config.json")
     if args.flow and args.parts_of:
         run = load_model(args.flow, parts=("flow",))
         references = {"vae": args.parts_of, "text_encoder": args.parts_of}
@@ -57,11 +49,13 @@ def main(argv=None):
         run = load_model(args.flow)
         save_model(out, run.flow, run.codec, run.text, dtype=torch.float16)
     for name, which in EARS.items():
-        if getattr(args, name):
-            save_tagger(out / FILES[which], load_tagger(getattr(args, name), which))
+        source = getattr(args, name)
+        if source:
+            save_tagger(out / FILES[which], load_tagger(source, which))
     for name in CLAPS:
-        if getattr(args, name):
-            load_clap(getattr(args, name)).save(out / name, torch.float16)
+        source = getattr(args, name)
+        if source:
+            load_clap(source).save(out / name, torch.float16)
     print(f'wrote {out}; next: python sample.py --checkpoint {out} --prompt "three beeps"')
 
 

@@ -44,17 +44,15 @@ def reading_targets(scenes):
 
 def learn_to_read(encoder, steps, seed=0):
     """Teach `encoder` in place -> the share of the last captions that it read without a mistake.
-
-    A linear layer, thrown away later, tells reading_targets from the mean hidden state.
-    """
+    A linear layer, thrown away later, tells reading_targets from the mean hidden state."""
     world = World("train", seed=f"reading {seed}")
     device = encoder.t5.shared.weight.device
     weight = torch.zeros(len(COLUMNS), encoder.width, device=device, requires_grad=True)
-    bias = torch.full((len(COLUMNS),), -4.0, device=device, requires_grad=True)     # most is unsaid
+    bias = torch.full((len(COLUMNS),), -4.0, device=device, requires_grad=True)  # most is unsaid
     optimizer = torch.optim.AdamW([*encoder.parameters(), weight, bias], betas=(0.9, 0.98))
     right = []
     for step in trange(steps, desc="learning to read", disable=None):
-        scenes = [world.scene(i) for i in range(64 * step, 64 * step + 64)]
+        scenes = [world.scene(64 * step + i) for i in range(64)]
         ids, mask = encoder.tokenize([scene.prompt for scene in scenes])    # (B, S)
         hidden = encoder.encode(ids, mask)                                  # (B, S, T)
         mask = mask.to(device)[..., None]                                   # (B, S, 1)
@@ -64,7 +62,8 @@ def learn_to_read(encoder, steps, seed=0):
         losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
         optimizer.zero_grad()
         losses.sum(1).mean().backward()
-        set_rate(optimizer, 2e-3 * min(1, (step + 1) / 50, 2 * (1 - step / steps)))
+        rate = min(1, (step + 1) / 50, 2 * (1 - step / steps))
+        set_rate(optimizer, 2e-3 * rate)
         optimizer.step()
         right.append(((logits > 0) == targets.bool()).all(1))
     return torch.cat(right[-steps // 10:]).float().mean().item()

@@ -6,21 +6,17 @@ The truth (events, order, onsets, counts, duration) is known, as in no captioned
 follows from (seed, split, i). Test scenes play recorded clips that no training scene plays; the
 pairs of events in sounds/unseen_pairs.json sound in no training scene: they make the test prompts.
 """
-import multiprocessing
-import os
 import re
-import threading
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.common import derive_seed, read_json
+from lib.common import UserError, derive_seed, read_json
 from world.sounds import (CLIP_SAMPLES, DEGRADATIONS, EVENT_NAMES, EVENTS, SAMPLE_RATE, SHORTEST,
                           SOUNDS, degrade, sound_event)
 
@@ -45,9 +41,9 @@ class SceneEvent:
     name: str
     onset: float
     offset: float
-    count: int = None           # what the prompt asks for, if it counts
-    hits: int = None            # true number of strikes, known for countable events
-    strikes: list = field(default_factory=list)     # onset of each strike
+    count: int = None   # what the prompt asks for, if it counts
+    hits: int = None    # true number of strikes, known for countable events
+    strikes: list = field(default_factory=list)  # onset of each strike
 
 
 @dataclass
@@ -157,7 +153,7 @@ def unseen_pairs():
 
 def spans(rng, relation, number, duration):
     """When each of `number` events sounds, [(onset, offset)], seconds; "then": with short gaps."""
-    if relation != "then":                                  # together: all fill the duration
+    if relation != "then":  # together: all fill the duration
         return [(0.0, duration)] * number
     edges = np.cumsum([0, *rng.dirichlet([12] * number)]) * duration
     gaps = [*rng.uniform(0.02, 0.1, number - 1), 0]
@@ -170,8 +166,8 @@ def laid_out(asked, times):
             for (name, count), (onset, offset) in zip(asked, times)]
 
 
-def perform(scene, rng, split):
-    """The sound of a Scene before degradation, (65536,); sets strikes and hits of its events."""
+def perform(scene, split, rng, damage_rng):
+    """The sound of a Scene, float32 (65536,) in [-1, 1]; sets strikes and hits of its events."""
     audio = np.zeros(CLIP_SAMPLES)
     for event in scene.events:
         start = int(event.onset * SAMPLE_RATE)
@@ -181,19 +177,22 @@ def perform(scene, rng, split):
         if strikes is not None:
             event.strikes = [round(event.onset + strike / SAMPLE_RATE, 4) for strike in strikes]
             event.hits = len(strikes)
-    return audio * (rng.uniform(0.5, 0.9) / (np.abs(audio).max() + 1e-9))
+    audio *= rng.uniform(0.5, 0.9) / (np.abs(audio).max() + 1e-9)
+    if scene.degradation:
+        audio = degrade(audio, *scene.degradation, damage_rng)
+    return audio.astype(np.float32)
 
 
 @dataclass
 class World:
     """Scenes of one split: `scene(i)` is the truth and the prompt, `render(i)` also the audio."""
-    split: str = "train"        # train, val or test: the recorded clips and the random stream
+    split: str = "train"    # train, val or test: the recorded clips and the random stream
     seed: int = 0
-    pairs: str = "seen"         # seen: no unseen pair; unseen: two events, an unseen pair; all
-    degraded: float = 0.0       # share of degraded scenes
-    duration: float = None      # seconds of sound; None: 1 to 4
-    relations: tuple = (0.14, 0.24, 0.34, 0.28)     # weights of the rows of CAPTIONS
-    counted: float = 0.35       # share of the countable events that prompts count
+    pairs: str = "seen"     # seen: no unseen pair; unseen: two events, an unseen pair; all
+    degraded: float = 0.0   # share of degraded scenes
+    duration: float = None  # seconds of sound; None: 1 to 4
+    relations: tuple = (0.14, 0.24, 0.34, 0.28)  # weights of the rows of CAPTIONS
+    counted: float = 0.35   # share of the countable events that prompts count
 
     def settings(self):
         """What decides the scenes, for cache keys; "events" only if the table has changed."""
@@ -217,7 +216,7 @@ class World:
 
     def draw_count(self, rng, name, seconds):
         """How often an event strikes in `seconds` if the prompt says so, else None."""
-        longest = 1.6 * EVENTS[name].spacing[1]             # 0 for what cannot be counted
+        longest = 1.6 * EVENTS[name].spacing[1]  # 0 for what cannot be counted
         fitting = [count for count in NUMBERS if SHORTEST <= seconds / count <= longest]
         if fitting and rng.random() < self.counted:
             return int(rng.choice(fitting))
@@ -245,10 +244,8 @@ class World:
     def render(self, index):
         """-> (audio float32 (65536,) in [-1, 1], Scene with strikes), always the same."""
         scene = self.scene(index)
-        audio = perform(scene, self.rng(index, "audio"), self.split)
-        if scene.degradation:
-            audio = degrade(audio, *scene.degradation, self.rng(index, "degradation"))
-        return audio.astype(np.float32), scene
+        rng, damage_rng = self.rng(index, "audio"), self.rng(index, "degradation")
+        return perform(scene, self.split, rng, damage_rng), scene
 
 
 def render_clips(world, indices):
@@ -257,28 +254,15 @@ def render_clips(world, indices):
     return torch.from_numpy(np.stack(audios)), list(scenes)
 
 
-def end_with_parent():
-    """In a worker: leave when the parent is gone: a killed run leaves no processes behind."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def start_worker():
-    """In a worker: one thread for torch, because the other processes need the other cores."""
-    torch.set_num_threads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 def in_order(function, jobs, workers):
-    """function(job) of each job in order, from processes that are at most 2 * workers ahead."""
-    spawn = multiprocessing.get_context("spawn")            # a fork of torch's threads can hang
-    with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
-        waiting = deque()
-        for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+    """function(job) of each job in order, from processes that are at most two jobs ahead each."""
+    results = DataLoader(jobs, None, num_workers=workers, collate_fn=function,
+                         multiprocessing_context="spawn",   # a fork of torch's threads can hang
+                         generator=torch.Generator())       # leaves the global one alone
+    try:
+        yield from results
+    except UserError as error:                              # without the worker's traceback
+        raise UserError(str(error).split("UserError: ")[-1]) from None
 
 
 def in_workers(function, jobs, workers, desc=None, unit="it"):

@@ -16,12 +16,12 @@ from numpy.fft import irfft, rfft, rfftfreq
 
 from lib.common import HERE, UserError, read_jsonl
 
-SAMPLE_RATE = 16000          # Hz
-CLIP_SAMPLES = 65536         # 4.096 s: 64 latent frames of 1024 samples
+SAMPLE_RATE = 16000     # Hz
+CLIP_SAMPLES = 65536    # 4.096 s: 64 latent frames of 1024 samples
 SOUNDS = HERE / "sounds"
-PITCH = 4                    # semitones that a recorded note is moved up or down, at the most
-SHORTEST = 0.16              # seconds between counted strikes, at least
-HELD, STRUCK = "held", "struck"     # recorded: a note that lasts; one that decays
+PITCH = 4               # semitones that a recorded note is moved up or down, at the most
+SHORTEST = 0.16         # seconds between counted strikes, at least
+HELD, STRUCK = "held", "struck"  # recorded: a note that lasts; one that decays
 DEGRADATIONS = ("noise", "clipping", "band_limit", "dropouts", "reverberation")
 
 
@@ -39,17 +39,18 @@ def rms(wave):
 
 def noise(rng, samples, low, high, slope):
     """Noise (samples,) of RMS 1 from `low` to `high` Hz, 12 * slope dB less per octave outside."""
-    size = 1 << (max(samples, 2) - 1).bit_length()
+    size = 1 << (samples - 1).bit_length()
     spectrum = rfft(rng.standard_normal(size).astype(np.float32))
     hz = rfftfreq(size, 1 / SAMPLE_RATE)
-    gain = 1 / (1 + (low / (hz + 1)) ** (2 * slope)) / (1 + (hz / high) ** (2 * slope))
-    wave = irfft(spectrum * gain, size)[:samples]
+    above_low = 1 + (low / (hz + 1)) ** (2 * slope)
+    below_high = 1 + (hz / high) ** (2 * slope)
+    wave = irfft(spectrum * (1 / above_low / below_high), size)[:samples]
     return wave / rms(wave)
 
 
 def slow(rng, samples, rate, depth):
     """A random curve (samples,) between 1 - depth and 1 that moves `rate` times a second."""
-    knots = max(3, int(samples / SAMPLE_RATE * rate * 2) + 3)
+    knots = int(samples / SAMPLE_RATE * rate * 2) + 3
     places = linspace(0, knots - 1, samples)
     return 1 - depth * interp(places, arange(knots), rng.random(knots))
 
@@ -77,7 +78,8 @@ def plateau(t, rise):
 
 def fade_out(wave, samples):
     """Let the last `samples` of a wave fall to 0, in place."""
-    wave[-samples:] *= linspace(1, 0, min(len(wave), samples))
+    end = wave[-samples:]
+    end *= linspace(1, 0, len(end))
 
 
 def place(samples, starts, sounds):
@@ -95,7 +97,8 @@ def place(samples, starts, sounds):
 def rain(rng, n):
     hiss = noise(rng, n, rng.uniform(600, 1500), rng.uniform(5000, 9000), 1.5)
     hiss *= slow(rng, n, 1, 0.3)
-    starts = rng.integers(0, n, int(n / SAMPLE_RATE * rng.uniform(60, 160)))
+    number = int(n / SAMPLE_RATE * rng.uniform(60, 160))
+    starts = rng.integers(0, n, number)
     drops = []
     for _ in starts:
         size = rng.uniform(1, 5)
@@ -115,14 +118,18 @@ def wind(rng, n):
 
 def thunder(rng, n):
     t = seconds(n)
-    rumble = noise(rng, n, 25, rng.uniform(90, 180), 2) * slow(rng, n, 3, 0.7)
-    crack = noise(rng, n, 100, rng.uniform(800, 2000), 1) * exp(-t / rng.uniform(0.1, 0.25))
-    return rumble * (0.6 + exp(-t / 1.0)) + rng.uniform(0.5, 1.5) * crack
+    rumble = noise(rng, n, 25, rng.uniform(90, 180), 2)
+    rumble *= slow(rng, n, 3, 0.7)
+    crack = noise(rng, n, 100, rng.uniform(800, 2000), 1)
+    crack *= exp(-t / rng.uniform(0.1, 0.25))
+    rumble *= 0.6 + exp(-t)
+    return rumble + rng.uniform(0.5, 1.5) * crack
 
 
 def siren(rng, n):
     low, high = rng.uniform(450, 700), rng.uniform(1000, 1500)
-    swing = 0.5 - 0.5 * cos(2 * pi * seconds(n) / rng.uniform(0.5, 1.4))
+    period = rng.uniform(0.5, 1.4)
+    swing = 0.5 - 0.5 * cos(2 * pi * seconds(n) / period)
     if rng.random() < 0.4:
         swing = (swing > 0.5) * 0.8 + 0.1
     angle = phase(low + (high - low) * swing)
@@ -135,26 +142,30 @@ def clock(rng, n):
     starts = (arange(0, n / SAMPLE_RATE, period) * SAMPLE_RATE).astype(int)
     sounds = []
     for i in range(len(starts)):
-        angle = tick * (1 if i % 2 else 0.78) / SAMPLE_RATE * arange(640)
+        pitch = tick if i % 2 else tick * 0.78
+        ring = sin(pitch / SAMPLE_RATE * arange(640)) * decay(640, 0.006)
         click = 0.5 * rng.standard_normal(640) * decay(640, 0.002)
-        sounds.append(sin(angle) * decay(640, 0.006) + click)
+        sounds.append(ring + click)
     return place(n, starts, sounds) + 1e-4 * rng.standard_normal(n)
 
 
 def engine(rng, n):
     rate = rng.uniform(28, 55)
-    angle = phase(rate * (1 + 0.12 * (slow(rng, n, 1.5, 1.0) - 0.5)))
+    speed = 1 + 0.12 * (slow(rng, n, 1.5, 1.0) - 0.5)
+    angle = phase(rate * speed)
     harmonics = zeros(n)
     for k in range(1, 24):
-        harmonics += sin(k * angle + rng.uniform(0, 6.28)) * rng.uniform(0.4, 1) / k ** 0.7
-    exhaust = noise(rng, n, 80, 1200, 1) * (0.5 + 0.5 * sin(angle)) ** 2
-    return harmonics + 1.2 * exhaust
+        harmonic = sin(k * angle + rng.uniform(0, 6.28))
+        harmonics += harmonic * rng.uniform(0.4, 1) / k ** 0.7
+    puffs = (0.5 + 0.5 * sin(angle)) ** 2
+    return harmonics + 1.2 * (noise(rng, n, 80, 1200, 1) * puffs)
 
 
 def cricket(rng, n):
     t = seconds(n)
     song = tone(rng.uniform(3800, 5200), t)
-    pulses = (0.5 - 0.5 * cos(2 * pi * rng.uniform(45, 65) * t)) ** 2
+    rate = rng.uniform(45, 65)
+    pulses = (0.5 - 0.5 * cos(2 * pi * rate * t)) ** 2
     period = rng.uniform(0.25, 0.4)
     return song * pulses * (t % period < 0.62 * period)
 
@@ -168,7 +179,8 @@ def phone(rng, lengths):
     warble = rng.uniform(18, 26)
     for n in minimum(lengths * 3 // 4, 6400):
         t = seconds(n)
-        angle = phase(np.where((t * warble) % 1 < 0.5, low, high))
+        first_half = t * warble % 1 < 0.5
+        angle = phase(np.where(first_half, low, high))
         yield (sin(angle) + 0.3 * sin(3 * angle)) * plateau(t, 0.01)
 
 
@@ -177,8 +189,10 @@ def bird(rng, lengths):
     sweep = rng.uniform(600, 1800)
     rises = rng.choice([-1, 1]) > 0
     for length in lengths:
-        x = linspace(0, 1, min(length * 3 // 4, int(rng.uniform(0.09, 0.16) * SAMPLE_RATE)))
-        angle = phase(start + sweep * (x if rises else 1 - x) + 300 * sin(9 * x))
+        chirp = int(rng.uniform(0.09, 0.16) * SAMPLE_RATE)
+        x = linspace(0, 1, min(length * 3 // 4, chirp))
+        way = x if rises else 1 - x
+        angle = phase(start + sweep * way + 300 * sin(9 * x))
         yield sin(angle) * sin(pi * x) ** 0.7
 
 
@@ -194,8 +208,10 @@ def knock(rng, lengths):
     body, wood = rng.uniform(130, 260), rng.uniform(500, 900)
     for n in minimum(lengths, 2400):
         t = seconds(n)
-        ring = tone(body, t) * decay(n, 0.03) + 0.5 * tone(wood, t) * decay(n, 0.012)
-        yield ring + 0.4 * rng.standard_normal(n) * decay(n, 0.004)
+        low = tone(body, t) * decay(n, 0.03)
+        high = 0.5 * tone(wood, t) * decay(n, 0.012)
+        click = 0.4 * rng.standard_normal(n) * decay(n, 0.004)
+        yield low + high + click
 
 
 def drip(rng, lengths):
@@ -266,7 +282,8 @@ def recorded_clips(split):
             clip = read_audio(SOUNDS / row["audio"], SAMPLE_RATE, 1)[0].numpy()
             peak = np.abs(clip).max()
             loud = np.flatnonzero(np.abs(clip) > 0.02 * peak)
-            clips[row["event"]].append(clip[max(0, loud[0] - 80):loud[-1] + 1] / peak)
+            first = max(0, loud[0] - 80)
+            clips[row["event"]].append(clip[first:loud[-1] + 1] / peak)
     return clips
 
 
@@ -280,17 +297,19 @@ def note(clip, length, semitones):
 
 def melody(event, clips, rng, n):
     """Notes of one recorded instrument, one after the other, until `n` samples are full."""
-    step = beat = int(rng.uniform(0.3, 0.75) * SAMPLE_RATE)
-    starts, notes = [0], []
-    while starts[-1] < n:
+    beat = int(rng.uniform(0.3, 0.75) * SAMPLE_RATE)
+    start, starts, notes = 0, [], []
+    while start < n:
         clip = clips[rng.integers(len(clips))]
-        sound = note(clip, n - starts[-1], rng.integers(-PITCH, PITCH + 1))
-        if event.sound == HELD:                     # until the note ends, for two beats at most
+        sound = note(clip, n - start, rng.integers(-PITCH, PITCH + 1))
+        step = beat
+        if event.sound == HELD:  # until the note ends, for two beats at most
             step = max(1600, min(len(sound) - 320, 2 * beat))
             sound = sound[:step + 640]
         fade_out(sound, 400)
         notes.append(sound)
-        starts.append(starts[-1] + step)
+        starts.append(start)
+        start += step
     return place(n, starts, notes)
 
 
@@ -307,9 +326,7 @@ def struck(event, clips, rng, lengths):
 
 def sound_event(rng, name, n, count, split):
     """Event `name` -> wave (n,) of loudness 1, start samples of its strikes (None: not countable).
-
-    count: strikes asked for; None: as many as fit, 6 at most. UserError if the split has no clip.
-    """
+    count: strikes asked for; None: as many as fit, at most 6. UserError: the split has no clip."""
     event = EVENTS[name]
     sound = event.sound
     starts = None
@@ -322,7 +339,7 @@ def sound_event(rng, name, n, count, split):
         if not count:
             fitting = n / SAMPLE_RATE / rng.uniform(*event.spacing)
             count = min(max(round(fitting), 1), 6)
-        times = arange(count) * (n / count)                 # evenly but for a little jitter
+        times = arange(count) * (n / count)             # evenly but for a little jitter
         times[1:] += rng.uniform(-0.06, 0.06, count - 1) * (n / count)
         starts = times.astype(int)
         wave = place(n, starts, sound(rng, np.diff(starts, append=n)))
@@ -330,21 +347,20 @@ def sound_event(rng, name, n, count, split):
         wave = sound(rng, n)
     fade_out(wave, min(n // 4, 480))
     wave[:40] *= linspace(0, 1, 40)
-    frames = wave[:n // 256 * 256].reshape(-1, 256)         # of 16 ms
-    levels = np.sqrt(np.mean(frames ** 2, axis=1))          # ticks shall be as loud as hiss:
-    loud = levels[levels >= 0.1 * levels.max()]             # the frames within 20 dB of the top
+    frames = wave[:n // 256 * 256].reshape(-1, 256)     # of 16 ms
+    levels = np.sqrt(np.mean(frames ** 2, axis=1))      # ticks shall be as loud as hiss:
+    loud = levels[levels >= 0.1 * levels.max()]         # the frames within 20 dB of the top
     return wave / rms(loud), starts
 
 
 def degrade(audio, kind, level, rng):
     """Damage `audio` (n,) by `kind` with strength `level` in 0..1 -> float32 (n,).
-
     noise: SNR 40 to 0 dB; clipping: 100 % to 6 % of the peak; band_limit: 8 kHz down to 500 Hz;
-    dropouts: up to half of the time; reverberation: 0.1 to 1.5 s, wet share 0 to 80 %.
-    """
+    dropouts: up to half of the time; reverberation: 0.1 to 1.5 s, wet share 0 to 80 %."""
     n = len(audio)
     if kind == "noise":
-        out = audio + noise(rng, n, 50, 7000, 1) * rms(audio) * 10 ** ((40 * level - 40) / 20)
+        level_db = 40 * level - 40
+        out = audio + noise(rng, n, 50, 7000, 1) * rms(audio) * 10 ** (level_db / 20)
     elif kind == "clipping":
         peak = np.abs(audio).max() + 1e-9
         limit = peak * 0.06 ** level
@@ -361,10 +377,12 @@ def degrade(audio, kind, level, rng):
             start = rng.integers(0, n - gap)
             out[start:start + gap] *= 0
             removed += gap
-    else:                                                   # reverberation
+    else:  # reverberation
         m = int((0.1 + 1.4 * level) * SAMPLE_RATE)
         tail = rng.standard_normal(m) * exp(-6.9 * arange(m) / m)
         size = 1 << (n + m).bit_length()
         wet = irfft(rfft(audio, size) * rfft(tail, size), size)[:n]
-        out = (1 - 0.8 * level) * audio + 0.8 * level * (wet * (rms(audio) / rms(wet)))
+        wet *= rms(audio) / rms(wet)
+        share = 0.8 * level
+        out = (1 - share) * audio + share * wet
     return (out * min(1.0, 0.98 / (np.abs(out).max() + 1e-9))).astype(np.float32)

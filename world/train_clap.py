@@ -2,15 +2,12 @@
 
     python -m world.train_clap                              # the reward -> runs/clap_reward
     python -m world.train_clap --seed 1 --width 104 --text_width 144 --out runs/clap_judge
-    python reward.py score --clap runs/clap_reward --audio FILE --prompt "rain"
 
 Contrast alone teaches which sounds are there, but order and number late: a batch seldom holds the
 same sounds twice. So a batch is made of families, a scene and scenes that are almost it, and each
 clip stands beside more captions that are almost its own, its near misses. During training linear
 layers, thrown away afterwards, tell from each tower's pooled vector which event has which place and
-count (as in world.reader), and from the audio tower's last grid what sounds when. Batches are
-augmented as for the taggers: clips of a generator are no news.
-
+count (as in world.reader), and from the audio tower's last grid what sounds when.
 B batch, H near misses of a clip, D embedding width, F mel frames (32 ms), M mel bands, N scenes,
 R read-outs (4 places x events + counts), T steps of 256 ms, K events, Q countable events.
 """
@@ -26,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as entropy
 from torch.nn.functional import cross_entropy, normalize, softplus
+from torch.utils.data import default_collate
 
 from lib.common import (DEVICE, DTYPE, UserError, autocast_for, choose_device, derive_seed, flag,
                         generator, parse_flags, pick, run_main)
@@ -36,20 +34,21 @@ from reward import build_clap
 from world.reader import COLUMNS, reading_targets
 from world.scenes import (NUMBERS, World, caption, in_workers, known_words, near_misses, perform,
                           relative, story)
-from world.sounds import COUNTABLE, EVENT_NAMES, degrade
-from world.train_ears import augment, batch_indices, fit, stacked, strike_likelihood, targets
+from world.sounds import COUNTABLE, EVENT_NAMES
+from world.train_ears import augment, batch_indices, fit, strike_likelihood, targets
+from world.votes import WORKERS
 
 FLAGS = {"where": [
     flag("--out", "runs/clap_reward", "run folder; a run found there is resumed"),
-    flag("--workers", 2, "processes that render", 0, 256), DTYPE, DEVICE], "scenes": [
+    WORKERS, DTYPE, DEVICE], "scenes": [
     flag("--scenes", 40000, "training scenes, kept as log-mels", 1, 1e7),
     flag("--val_scenes", 1024, "held-out scenes", 64, 1e6),
     flag("--scene_seed", 3000, "scenes are World(seed=scene_seed + seed)", 0, 1e18),
     flag("--degraded", 0.25, "share of degraded scenes", 0, 1),
     flag("--family", 4, "scenes of a family; 1: all different", 1, 64)], "training": [
     flag("--seed", 0, "seed of weights, batches and captions", 0, 1e18),
-    flag("--width", 112, "width of the audio tower's first stage", 8, 1024),
-    flag("--text_width", 128, "width of the text tower", 4, 4096),
+    flag("--width", 112, "width of the audio tower's first stage, a multiple of 8", 8, 1024),
+    flag("--text_width", 128, "width of the text tower, a multiple of 4", 4, 4096),
     flag("--train_steps", 6000, "optimizer steps", 1, 1e7, alias="--steps"),
     flag("--batch_size", 48, "clips in a step", 2, 4096),
     flag("--learning_rate", 2e-3, "peak of AdamW's rate", 1e-8, 1),
@@ -85,14 +84,14 @@ def new_clap(width, text_width, seed):
                   logit_scale_init_value=30.0)
     clap = build_clap(config, tokenizer, PREPROCESSOR, seed)
     encoder = clap.clap.audio_model.audio_encoder
-    encoder.batch_norm.running_mean.fill_(-40)      # its place in the original: mels in dB
+    encoder.batch_norm.running_mean.fill_(-40)  # its place in the original: mels in dB
     encoder.batch_norm.running_var.fill_(900)
     # the position bias alone tells HTSAT before from after, late if it starts at the original's 0:
     # heads start with a bias to what is earlier, to what is later, and between
-    later = torch.arange(-7.0, 8).repeat(15)[:, None]                       # columns of query - key
+    later = torch.arange(-7.0, 8).repeat(15)[:, None]                   # columns of query - key
     for stage in encoder.layers:
         for block in stage.blocks:
-            table = block.attention.self.relative_position_bias_table       # (15 * 15, heads)
+            table = block.attention.self.relative_position_bias_table   # (15 * 15, heads)
             table.data.copy_(later * torch.linspace(-0.7, 0.7, table.shape[1]))
     return clap
 
@@ -102,25 +101,25 @@ class ReadOut(nn.Module):
 
     def __init__(self, audio_width, text_width):
         super().__init__()
-        sounds = 2 * (len(EVENT_NAMES) + len(COUNTABLE))                    # each column: two steps
+        sounds = 2 * (len(EVENT_NAMES) + len(COUNTABLE))            # each column: two steps
         self.audio = nn.Linear(audio_width, len(COLUMNS))
         self.text = nn.Linear(text_width, len(COLUMNS))
         self.hears = nn.Linear(audio_width, sounds)
         for layer in self.children():
             nn.init.zeros_(layer.weight)
-            nn.init.constant_(layer.bias, -4.0)                             # most is not there
+            nn.init.constant_(layer.bias, -4.0)                     # most is not there
 
     def hearing(self, grid, activity, strikes):
         """Last grid (B, width, bands, T / 2), activity (B, T, K), strikes (B, T, Q) -> the loss."""
-        columns = self.hears(grid.float().mean(2).mT)                       # (B, T / 2, 2 (K + Q))
-        heard = columns.unflatten(2, (2, -1)).flatten(1, 2)                 # (B, T, K + Q)
+        columns = self.hears(grid.float().mean(2).mT)               # (B, T / 2, 2 (K + Q))
+        heard = columns.unflatten(2, (2, -1)).flatten(1, 2)         # (B, T, K + Q)
         logits, rate = heard.split([len(EVENT_NAMES), len(COUNTABLE)], 2)
-        likelihood = strike_likelihood(softplus(rate), strikes).sum(2).mean()
-        return entropy(logits, activity) * 20 + likelihood
+        likelihood = strike_likelihood(softplus(rate), strikes)     # (B, T, Q)
+        return entropy(logits, activity) * 20 + likelihood.sum(2).mean()
 
     def reading(self, audio, text, targets):
         """Pooled (B, width) of both towers, targets (B, R) -> the sum of both cross-entropies."""
-        known = torch.ones_like(targets)            # of audio, counts only where a caption counts
+        known = torch.ones_like(targets)  # of audio, counts only where a caption counts
         counts = len(NUMBERS) * len(COUNTABLE)
         known[:, -counts:] = targets[:, -counts:].amax(1, keepdim=True)
         heard = entropy(self.audio(audio.float()), targets, reduction="none") * known
@@ -128,29 +127,25 @@ class ReadOut(nn.Module):
         return heard.sum(1).mean() + read.sum(1).mean()
 
 
-def render_family(job):
+def render_family(settings, size, index):
     """A scene and `size` - 1 relatives -> log-mels (size, F, M) float16, their Scenes."""
-    settings, size, index = job
     world = World(**settings)
     rng = np.random.default_rng(derive_seed("family", json.dumps(world.settings()), index))
     audio, scene = world.render(index)
     audios, scenes = [audio], [scene]
-    for _ in range(size - 1):
-        near = relative(scene, rng)
-        audio = perform(near, rng, world.split)
-        if near.degradation:
-            audio = degrade(audio, *near.degradation, rng)
-        audios.append(audio.astype(np.float32))
-        scenes.append(near)
+    while len(scenes) < size:
+        scenes.append(relative(scene, rng))
+        audios.append(perform(scenes[-1], world.split, rng, rng))
     front = ClapMel(**PREPROCESSOR)
-    audio = torch.from_numpy(np.stack(audios)[:, :front.samples])
+    audio = torch.from_numpy(np.stack(audios))[:, :front.samples]
     return front.log_mel(audio).half().numpy(), scenes
 
 
 def render_scenes(settings, count, size, workers):
     """Scenes of World(**settings), each `size` a family -> log-mels (N, F, M) float16, N Scenes."""
-    jobs = [(settings, size, index) for index in range(count // size)]
-    mels, families = zip(*in_workers(render_family, jobs, workers, "rendering", "family"))
+    render = partial(render_family, settings, size)
+    results = in_workers(render, range(count // size), workers, "rendering", "family")
+    mels, families = zip(*results)
     return torch.from_numpy(np.concatenate(mels)), list(chain(*families))
 
 
@@ -159,15 +154,14 @@ def texts_of(scenes, start, *seed):
     texts, misses = [], []
     for i, scene in enumerate(scenes, start):
         rng = np.random.default_rng(derive_seed(*seed, i))
-        events = [(event.name, event.count) for event in scene.events]
-        texts.append(caption(rng, scene.relation, events))
-        misses += near_misses(rng, scene.relation, events, NEAR_MISSES)
+        texts.append(caption(rng, scene.relation, scene.asked))
+        misses += near_misses(rng, scene.relation, scene.asked, NEAR_MISSES)
     return texts + misses
 
 
 def augmented(mels, scenes, random):
     """Log-mels in dB (B, F, M), augmented -> them, activity (B, T, K), strikes (B, T, Q)."""
-    activity, rate = stacked(map(targets, scenes))                          # at 64 and 32 ms
+    activity, rate = default_collate([targets(scene) for scene in scenes])  # at 64 and 32 ms
     images = mels.float().mT / 20                                           # its unit is 20 dB
     images, activity, rate = augment(images, activity.float(), rate.float(), random, 2)
     activity = activity.unflatten(1, (16, -1)).mean(2)
@@ -178,8 +172,8 @@ def embed(clap, mels, texts):
     """mels (B, F, M), texts (any number) -> audio and text embeddings (., D) of unit length, pooled
     audio (B, width), pooled texts (., width), the audio's last grid (B, width, bands, T / 2)."""
     towers = clap.clap
-    for scale in (towers.logit_scale_a, towers.logit_scale_t):      # after each step, as CLIP:
-        scale.data.clamp_(max=math.log(100))                        # logits at most 100 cosines
+    for scale in (towers.logit_scale_a, towers.logit_scale_t):  # after each step, as CLIP:
+        scale.data.clamp_(max=math.log(100))                    # logits at most 100 cosines
     longer = torch.zeros(len(mels), 1, dtype=torch.bool, device=mels.device)
     heard = towers.audio_model(input_features=mels[:, None], is_longer=longer)
     ids, mask = clap.tokenize(texts)
@@ -191,43 +185,46 @@ def embed(clap, mels, texts):
 
 def ranked_right(audio, text, misses):
     """Which clips are nearer to their caption than to each of their own near misses, (B,) bool."""
-    own = (audio[:, None] * misses.unflatten(0, (len(audio), -1))).sum(-1)  # (B, H)
-    return (audio * text).sum(1) > own.amax(1)
+    own = misses.unflatten(0, (len(audio), -1))         # (B, H, D)
+    nearest = (audio[:, None] * own).sum(-1).amax(1)    # (B,)
+    return (audio * text).sum(1) > nearest
 
 
 def contrastive_loss(audio, text, misses, scale_audio, scale_text, same):
     """Symmetric cross-entropy (CLIP) in which every clip also sees all near misses.
-
     audio, text (B, D), misses (B * H, D) of unit length; scales: factors on the cosines; same
     (B, B): clip i and caption j tell one story, neither is a wrong answer for the other. No near
-    miss is ever masked, even where it happens to be true.
-    """
+    miss is ever masked, even where it happens to be true."""
     right = torch.arange(len(audio), device=audio.device)
-    banned = same & (right[:, None] != right)                               # (B, B)
-    cosines = audio @ text.T                                                # (B, B)
+    banned = same & (right[:, None] != right)                           # (B, B)
+    cosines = audio @ text.T                                            # (B, B)
     rows = (scale_audio * cosines).masked_fill(banned, -math.inf)
-    rows = torch.cat([rows, scale_audio * audio @ misses.T], dim=1)         # (B, B + B H)
-    columns = (scale_text * cosines.T).masked_fill(banned, -math.inf)       # (B, B)
+    rows = torch.cat([rows, scale_audio * audio @ misses.T], dim=1)     # (B, B + B H)
+    columns = (scale_text * cosines.T).masked_fill(banned, -math.inf)   # (B, B)
     return (cross_entropy(rows, right) + cross_entropy(columns, right)) / 2
 
 
 def batch_loss(clap, readout, training, autocast, mels, scenes, step):
     """{"loss": scalar, parts} of the batch of a step, which follows from (seed, step)."""
-    seed, family, size = training.seed, training.family, training.batch_size
-    families = batch_indices(seed, step, len(scenes) // family, size // family)
+    # the batch
+    family, size = training.family, training.batch_size
+    families = batch_indices(training.seed, step, len(scenes) // family, size // family)
     rows = (families[:, None] * family + torch.arange(family)).flatten()    # (B,)
     scenes = [scenes[i] for i in rows]
-    texts = texts_of(scenes, 0, seed, "text", step)
-    batch = augmented(mels[rows], scenes, generator(seed, "augment", step))
+    texts = texts_of(scenes, 0, training.seed, "text", step)
+    random = generator(training.seed, "augment", step)
+    batch = [*augmented(mels[rows], scenes, random), reading_targets(scenes)]
+    mels, activity, strikes, said = [part.to(clap.device) for part in batch]
     stories = [story(scene) for scene in scenes]
-    same = torch.tensor([[one == other for other in stories] for one in stories])
-    said = reading_targets(scenes)                                          # (B, R)
-    mels, activity, strikes, same, said = [part.to(clap.device) for part in (*batch, same, said)]
+    first = torch.tensor([stories.index(one) for one in stories], device=clap.device)
+    same = first[:, None] == first                                          # (B, B)
 
+    # losses
     with autocast():
         audio, text, heard, read, grid = embed(clap, mels, texts)
-    scale_audio, scale_text = clap.clap.logit_scale_a.exp(), clap.clap.logit_scale_t.exp()
     pairs = audio, text[:size], text[size:]
+    scale_audio = clap.clap.logit_scale_a.exp()
+    scale_text = clap.clap.logit_scale_t.exp()
     contrast = contrastive_loss(*pairs, scale_audio, scale_text, same)
     reading = readout.reading(heard, read[:size], said)
     hearing = readout.hearing(grid, activity, strikes)
@@ -242,17 +239,18 @@ def check(clap, mels, scenes, family):
     misses; "val_clips", captions nearer to their clip than to its relatives; "val_recall", @1."""
     size = 64 // family * family
     place = torch.arange(size, device=clap.device)
-    stranger = place[:, None] // family != place // family                  # (B, B)
+    stranger = place[:, None] // family != place // family  # (B, B)
     right = []
     for start in range(0, len(scenes) - size + 1, size):
-        texts = texts_of(scenes[start:start + size], start, "check")
-        batch = mels[start:start + size].float().to(clap.device)
-        audio, text, *_ = embed(clap, batch, texts)
-        cosines = audio @ text[:size].T                                     # (B, B)
-        nearest = cosines.masked_fill(stranger, -2).argmax(0)
+        batch = slice(start, start + size)
+        texts = texts_of(scenes[batch], start, "check")
+        audio, text, *_ = embed(clap, mels[batch].float().to(clap.device), texts)
         ranked = ranked_right(audio, text[:size], text[size:])
-        right.append(torch.stack([ranked, nearest == place, cosines.argmax(1) == place]).float())
-    shares = torch.cat(right, 1).mean(1).tolist()
+        cosines = audio @ text[:size].T                     # (B, B)
+        relative_right = cosines.masked_fill(stranger, -2).argmax(0) == place
+        recalled = cosines.argmax(1) == place
+        right.append(torch.stack([ranked, relative_right, recalled]))
+    shares = torch.cat(right, 1).float().mean(1).tolist()
     return dict(zip(("val_captions", "val_clips", "val_recall"), shares))
 
 
@@ -264,13 +262,6 @@ def in_a_layer(name, parameter):
 
 def train(training, out, val_scenes, workers, device):
     """Train a Clap in the run folder `out`; a killed run goes on exactly."""
-    family, steps = training.family, training.train_steps
-
-    # scenes
-    world = {**HARDER, "seed": training.scene_seed + training.seed, "degraded": training.degraded}
-    clips = render_scenes({**world, "split": "train"}, training.scenes, family, workers)
-    held_out = render_scenes({**world, "split": "val"}, val_scenes, family, workers)
-
     # the network
     clap = new_clap(training.width, training.text_width, training.seed).to(device)
     readout = ReadOut(2 * training.width, training.text_width).to(device)
@@ -278,21 +269,25 @@ def train(training, out, val_scenes, workers, device):
     optimizer = make_optimizer(dict(both.named_parameters()), (0.9, 0.98), training.weight_decay,
                                training.muon, in_a_layer)
 
+    # scenes
+    world = {**HARDER, "seed": training.scene_seed + training.seed, "degraded": training.degraded}
+    scenes = partial(render_scenes, size=training.family, workers=workers)
+    clips = scenes({**world, "split": "train"}, training.scenes)
+    held_out = scenes({**world, "split": "val"}, val_scenes)
+
     # training
     autocast = autocast_for(training.dtype, device)
     loss_of = partial(batch_loss, clap, readout, training, autocast, *clips)
-    warmup = min(100, steps // 10 + 1)
-    rate_of = partial(learning_rate, peak=training.learning_rate, warmup=warmup, steps=steps,
-                      shape="cosine")
-    heard = partial(check, clap, *held_out, family)
-    fit(out, both, optimizer, training, loss_of, rate_of, 1.0, heard)
+    steps = training.train_steps
+    rate_of = partial(learning_rate, peak=training.learning_rate, warmup=min(100, steps // 10 + 1),
+                      steps=steps, shape="cosine")
+    heard = partial(check, clap, *held_out, training.family)
+    fit(out, "model.safetensors", both, optimizer, training, loss_of, rate_of, 1.0, heard)
     clap.save(out, torch.float16)
 
 
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
-    if args.width % 8 or args.text_width % 4:
-        raise UserError("--width must be a multiple of 8, --text_width of 4")
     if args.batch_size % args.family or args.scenes < args.batch_size:
         raise UserError(f"--batch_size must be a multiple of --family {args.family}, and "
                         f"--scenes {args.scenes} fill a batch")

@@ -43,19 +43,22 @@ VOTE = 'a vote is {"prompt": "...", "a": "x.wav", "b": "y.wav", "source": "s1", 
 def read_votes(path, audio_dir=None):
     """votes.jsonl -> (clips [{"audio", "caption"}], Votes); votes on missing files are left out."""
     folder = Path(audio_dir or Path(path).parent)
-    places, votes, rows = {}, [], read_jsonl(path)
+    rows = read_jsonl(path)
+    places, votes = {}, []  # {(file, prompt): place}
     with reading(path, VOTE):
         for row in rows:
             if row["preference"] not in (0, 0.5, 1):
                 raise ValueError(f"a preference is {row['preference']}")
-            pair = (row["a"], row["prompt"]), (row["b"], row.get("prompt_b", row["prompt"]))
-            if all((folder / name).is_file() for name, _ in pair):
-                a, b = [places.setdefault(clip, len(places)) for clip in pair]
-                votes.append((a, b, row["preference"], row.get("chance", math.nan), row["source"]))
+            if (folder / row["a"]).is_file() and (folder / row["b"]).is_file():
+                prompt, chance = row["prompt"], row.get("chance", math.nan)
+                a = places.setdefault((row["a"], prompt), len(places))
+                b = places.setdefault((row["b"], row.get("prompt_b", prompt)), len(places))
+                votes.append((a, b, row["preference"], chance, row["source"]))
     if not votes:
         raise UserError(f"{path} has no votes on clips in {folder}; name their folder: --audio_dir")
-    if len(votes) < len(rows):
-        warn(f"{path}: {len(rows) - len(votes)} votes are on missing clips, left out")
+    missing = len(rows) - len(votes)
+    if missing:
+        warn(f"{path}: {missing} votes are on missing clips, left out")
     clips = [{"audio": str(folder / name), "caption": prompt} for name, prompt in places]
     votes = Votes(*map(np.array, zip(*votes)))
     return clips, votes._replace(preference=votes.preference.astype(np.float32))
@@ -64,18 +67,21 @@ def read_votes(path, audio_dir=None):
 def split_votes(clips, votes, seed):
     """Places of training, validation, test votes: 80, 10, 10 % of the prompts; no mixed votes."""
     draws = np.array([derive_seed(seed, "votes", row["caption"]) / 2 ** 63 for row in clips])
-    part = (draws < 0.2).astype(int) + (draws < 0.1)                                    # (N,)
-    part = np.where(part[votes.a] == part[votes.b], part[votes.a], -1)                  # (P,)
+    part = (draws < 0.2).astype(int) + (draws < 0.1)    # (N,)
+    a, b = part[votes.a], part[votes.b]                 # (P,)
+    part = np.where(a == b, a, -1)
     return [np.flatnonzero(part == k) for k in range(3)]
 
 
 def fit(features, votes, parts, settings, device="cpu"):
     """Train a Ranker on features (N, W) and Votes -> (ranker in eval mode, log rows)."""
     training, validation, test = parts
-    if len(training) < 2 or not len(validation) or (votes.preference[test] == 0.5).all():
+    decided = votes.preference[test] != 0.5
+    if len(training) < 2 or len(validation) == 0 or not decided.any():
         raise UserError(f"votes are too few to be split: {[len(part) for part in parts]}")
-    features, preference = features.to(device), torch.from_numpy(votes.preference).to(device)
-    places = torch.from_numpy(np.stack([votes.a, votes.b]))                             # (2, P)
+    features = features.to(device)
+    preference = torch.from_numpy(votes.preference).to(device)
+    places = torch.from_numpy(np.stack([votes.a, votes.b]))     # (2, P)
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
     step, lowest, log = 0, math.inf, []
     with torch.random.fork_rng(devices=[]):     # initialisation and dropout take no generator
@@ -86,26 +92,30 @@ def fit(features, votes, parts, settings, device="cpu"):
         ranker.std.copy_(known.std(0).clamp(min=1e-4))
         optimizer = torch.optim.AdamW(ranker.parameters(), weight_decay=settings.weight_decay)
         for epoch in trange(settings.epochs, desc="ranker", unit="epoch"):
+            # train
             ranker.train()
             rng = generator(settings.seed, "votes", epoch)
-            for batch in torch.randperm(len(training), generator=rng).split(settings.batch_size):
+            order = torch.randperm(len(training), generator=rng)
+            for batch in order.split(settings.batch_size):
                 step += 1
                 if len(batch) < 2:
                     continue                    # a batch's statistics need more
-                rate = learning_rate(step, settings.learning_rate, 0, steps + 1, "cosine")
-                set_rate(optimizer, rate)
                 rows = training[batch]
-                a, b = ranker.utility(features[places[:, rows].flatten()]).chunk(2)     # (B,) each
+                pairs = features[places[:, rows].flatten()]     # (2 B, W)
+                a, b = ranker.utility(pairs).chunk(2)           # (B,) each
                 loss = ranknet_loss(a, b, preference[rows])
                 optimizer.zero_grad()
                 loss.backward()
+                rate = learning_rate(step, settings.learning_rate, 0, steps + 1, "cosine")
+                set_rate(optimizer, rate)
                 optimizer.step()
 
+            # validate, keep the best
             ranker.eval()
             a, b = ranker.utility(features)[places[:, validation]]
             held = ranknet_loss(a, b, preference[validation]).item()
             log.append({"epoch": epoch + 1, "loss": loss.item(), "validation": held})
-            if held < lowest:                   # this epoch is kept
+            if held < lowest:
                 lowest = held
                 best = {name: tensor.clone() for name, tensor in ranker.state_dict().items()}
     ranker.load_state_dict(best)
@@ -121,34 +131,38 @@ def pairwise_accuracy(difference, preference):
     return float(right[preference != 0.5].mean())
 
 
-def calibration_error(chance, preference, bins=10):
-    """|mean chance of A - share of A| over equal bins of P(A) (P,), weighted by their votes."""
+def calibration_error(chance, preference):
+    """|mean chance of A - share of A| over ten bins of P(A) (P,), weighted by their votes."""
     decided = preference != 0.5
-    places = np.minimum((chance * bins).astype(int), bins - 1)
-    gaps = np.bincount(places[decided], (chance - preference)[decided])
-    return float(np.abs(gaps).sum() / decided.sum())
+    chance, preference = chance[decided], preference[decided]
+    bins = np.minimum(chance * 10, 9).astype(int)
+    gaps = np.bincount(bins, chance - preference)
+    return float(np.abs(gaps).sum() / len(bins))
 
 
 def report(utility, votes, quality=None):
     """Numbers of a ranker's utilities (N,) on held-out Votes; quality (N,): the truth, if known."""
-    difference = utility[votes.a] - utility[votes.b]                                    # (P,)
+    difference = utility[votes.a] - utility[votes.b]  # (P,)
     chance = 1 / (1 + np.exp(-difference))
-    numbers = {"votes": len(chance), "accuracy": pairwise_accuracy(difference, votes.preference),
+    numbers = {"votes": len(chance),
+               "accuracy": pairwise_accuracy(difference, votes.preference),
                "calibration error": calibration_error(chance, votes.preference)}
-    if np.isfinite(votes.chance).all():         # of a simulated source: nobody can predict more
+    if np.isfinite(votes.chance).all():  # of a simulated source: nobody can predict more
         decided = votes.chance[votes.preference != 0.5]
         numbers["ceiling"] = float(np.maximum(decided, 1 - decided).mean())
     if quality is not None:
         clips = np.unique([votes.a, votes.b])
         truth = quality[votes.a] - quality[votes.b]
-        numbers |= {"spearman": spearman(utility[clips], quality[clips]), "clips": len(clips),
-                    "accuracy of the true quality": pairwise_accuracy(truth, votes.preference)}
+        numbers["spearman"] = spearman(utility[clips], quality[clips])
+        numbers["clips"] = len(clips)
+        numbers["accuracy of the true quality"] = pairwise_accuracy(truth, votes.preference)
     return numbers
 
 
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
-    device, out = choose_device(args.device), Path(args.out)
+    device = choose_device(args.device)
+    out = Path(args.out)
     check_writable(out / "ranker.safetensors")
 
     # votes and features; the world knows its clips' quality

@@ -6,13 +6,13 @@
 
 A scene is played once and spoilt anew for each take (a tenth stay whole). Four sources vote "A is
 better than B" (second paper, III-C). Each has habits; a vote keeps the chance that its source
-prefers A: the best accuracy is known. A hum (120 Hz and harmonics, as of mains) is what the world
-lacks and no listener minds: quality is measured without it. It plays the vocals of III-D a
-(reward.py score_manifest --plus hum). B, N clips.
+prefers A: the best accuracy is known. A hum (120 Hz and harmonics, as of mains), which no listener
+minds, is added after the quality is measured: it plays the vocals of III-D a. B, N clips.
 """
 import math
-from collections import namedtuple
-from itertools import cycle
+from collections import defaultdict, namedtuple
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,9 @@ from lib.common import (BASE, DEVICE, UserError, append_jsonl, check_settings, c
 from lib.mel import MEL_16K, LogMel, log_mel_error
 from vae import load_codec
 from world.scenes import World, in_workers
-from world.sounds import DEGRADATIONS, SAMPLE_RATE, degrade
+from world.sounds import DEGRADATIONS, SAMPLE_RATE, degrade, rms, seconds
 
+WORKERS = flag("--workers", 2, "processes that render", 0, 256)
 FLAGS = {"clips": [
     flag("--scenes", 5000, "scenes of the world", 1, 1e7),
     flag("--takes", 2, "takes of each scene, spoilt in different ways", 1, 1000),
@@ -37,9 +38,9 @@ FLAGS = {"clips": [
     flag("--votes", 200000, "number of votes (paper: 22,000)", 0, 1e8),
     flag("--codec", str(BASE), "folder with the codec"),
     flag("--out", "runs/votes", "folder of clips/, clips.jsonl, votes.jsonl; one begun goes on"),
-    flag("--workers", 2, "processes that render", 0, 256), DEVICE]}
-BLOCK = 16              # scenes rendered and written at a time
-Clips = namedtuple("Clips", "scenes takes seed hum through_codec")      # what clips depend on
+    WORKERS, DEVICE]}
+BLOCK = 16  # scenes rendered and written at a time
+Clips = namedtuple("Clips", "scenes takes seed hum through_codec")  # what clips depend on
 
 
 def true_quality(clean, damaged, log_mel):
@@ -49,11 +50,11 @@ def true_quality(clean, damaged, log_mel):
 
 def with_hum(audio, level, rng):
     """Audio (samples,) with a hum of `level` times its loudness."""
-    t = np.arange(len(audio)) / SAMPLE_RATE
-    k = np.arange(1, 9)[:, None]                                            # harmonics
-    hum = (np.sin(2 * np.pi * 120 * k * t + rng.uniform(0, 2 * np.pi, (8, 1))) / k).sum(0)
-    loudness = np.sqrt(np.mean(audio ** 2)) + 1e-9
-    audio = audio + level * loudness * hum / np.sqrt(np.mean(hum ** 2))
+    k = np.arange(1, 9)[:, None]                            # harmonics
+    phases = rng.uniform(0, 2 * np.pi, (8, 1))
+    angles = 2 * np.pi * 120 * k * seconds(len(audio)) + phases
+    hum = (np.sin(angles) / k).sum(0)
+    audio = audio + level * rms(audio) * hum / np.sqrt(np.mean(hum ** 2))
     return (audio * min(1.0, 0.98 / np.abs(audio).max())).astype(np.float32)
 
 
@@ -80,20 +81,22 @@ def takes_of(world, index, takes, hum, log_mel):
     return np.stack(audios), rows
 
 
-def render_block(job):
-    """Takes of some scenes -> audio (B, 65536), rows."""
-    settings, indices, takes, hum = job
-    world = World(**settings)
-    log_mel = LogMel(**MEL_16K)
-    audios, rows = zip(*[takes_of(world, index, takes, hum, log_mel) for index in indices])
-    return np.concatenate(audios), sum(rows, [])
+def render_block(settings, takes, hum, indices):
+    """Takes of the scenes `indices` -> audio (B, 65536), rows."""
+    world, log_mel = World(**settings), LogMel(**MEL_16K)
+    audios, rows = [], []
+    for index in indices:
+        audio, described = takes_of(world, index, takes, hum, log_mel)
+        audios.append(audio)
+        rows += described
+    return np.concatenate(audios), rows
 
 
 def render_takes(settings, scenes, takes, hum, workers):
     """Audio (B, 65536) and rows of block after block of the range `scenes` of World(**settings)."""
-    starts = range(0, len(scenes), BLOCK)
-    jobs = [(settings, scenes[start:start + BLOCK], takes, hum) for start in starts]
-    return in_workers(render_block, jobs, workers, "clips", f" x {BLOCK} scenes")
+    blocks = [scenes[start:start + BLOCK] for start in range(0, len(scenes), BLOCK)]
+    render = partial(render_block, settings, takes, hum)
+    return in_workers(render, blocks, workers, "clips", f" x {BLOCK} scenes")
 
 
 @torch.inference_mode()
@@ -102,26 +105,27 @@ def coded(codec, audio, rows, share, seed):
     for row in rows:
         draw = derive_seed("coded", seed, row["scene"], row["take"])
         row["coded"] = int(draw / 2 ** 63 < share)
-    places = [place for place, row in enumerate(rows) if row["coded"]]
-    if places:
-        clips = torch.from_numpy(audio[places])[:, None]
-        mean, _ = codec.encode(clips.to(codec.latent_mean.device))
-        audio[places] = codec.decode(mean).cpu()[:, 0, :audio.shape[1]].numpy()
+    places = np.flatnonzero([row["coded"] for row in rows])
+    if len(places):
+        clips = torch.from_numpy(audio[places])[:, None].to(codec.latent_mean.device)
+        mean, _ = codec.encode(clips)
+        audio[places] = codec.decode(mean).cpu()[:, 0, :audio.shape[1]]
     return audio
 
 
 class Source(NamedTuple):
     """How one source votes: utility is quality less what it minds; a vote adds logistic noise."""
-    noise: float                # width of the noise, in units of quality
-    tie: float                  # a heard difference below this is a tie
-    lapse: float                # share of votes by chance
-    minds: str                  # a degradation, at full level worth ...
-    cost: float                 # ... so much utility
-    one_prompt: bool            # compares takes of one prompt, or of any two
+    noise: float        # width of the noise, in units of quality
+    tie: float          # a heard difference below this is a tie
+    lapse: float        # share of votes by chance
+    minds: str          # a degradation, at full level worth ...
+    cost: float         # ... so much utility
+    one_prompt: bool    # compares takes of one prompt, or of any two
 
     def utility(self, row):
         """What a clip is worth to this source."""
-        return row["quality"] - self.cost * row["level"] * (row["degradation"] == self.minds)
+        minded = row["level"] if row["degradation"] == self.minds else 0.0
+        return row["quality"] - self.cost * minded
 
     def prefers(self, gain):
         """P(A is preferred to B) where the utility of A is higher by `gain`."""
@@ -137,19 +141,16 @@ SOURCES = {"studio": Source(0.12, 0.02, 0.0, "clipping", 0.05, True),
 
 def cast_votes(clips, count, seed):
     """`count` votes on clips (rows with "audio" and the truth), by each source in turn.
-
-    preference: 1 A, 0 B, 0.5 a tie; chance: P(A | no tie), all that can be predicted. Raises
-    UserError if there is nothing to compare.
-    """
-    scenes = {}
+    preference: 1 A, 0 B, 0.5 a tie; chance: P(A | no tie), all that can be predicted."""
+    scenes = defaultdict(list)
     for row in clips:
-        scenes.setdefault(row["scene"], []).append(row)
+        scenes[row["scene"]].append(row)
     groups = [rows for rows in scenes.values() if len(rows) > 1]
     if not groups or len(scenes) < 2:
         raise UserError("votes need at least 2 --takes and 2 --scenes; --votes 0 makes clips alone")
     rng = np.random.default_rng(derive_seed("votes", seed))
     votes = []
-    for _, (name, source) in zip(range(count), cycle(SOURCES.items())):
+    for name, source in islice(cycle(SOURCES.items()), count):
         pool = groups[rng.integers(len(groups))] if source.one_prompt else clips
         first, other = rng.integers(len(pool)), rng.integers(len(pool) - 1)
         a, b = pool[first], pool[other + (other >= first)]
