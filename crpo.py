@@ -23,6 +23,7 @@ M prompts, N clips of each, P pairs (B in a step), L latent frames, C channels, 
 """
 import copy
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -39,12 +40,12 @@ from tqdm import tqdm
 from data import read_pairs, read_prompts
 from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
-                        check_writable, choose_device, draw_log, flag, generator, parse_flags, pick,
-                        read_json, read_jsonl, relative_to_here, run_main, side_by_side, warn,
-                        whole_blocks, write_json, write_jsonl, write_report)
+                        choose_device, code_hash, flag, generator, locked, parse_flags, pick,
+                        read_json, read_jsonl, reading, relative_to_here, run_main, side_by_side,
+                        stop_on_signal, warn, whole_blocks, write_json, write_jsonl, write_report)
 from lib.fast import quicken
 from lib.text import concat_conditions, MAX_TOKENS, null_score
-from lib.weights import (average_decay, copy_weights, learning_rate, links, load_state,
+from lib.weights import (average_decay, copy_weights, draw_log, learning_rate, links, load_state,
                          load_tensors, make_optimizer, module_hash, policy_hash, save_state,
                          save_tensors, set_rate, trainable, trim_log, update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
@@ -123,8 +124,7 @@ Training = namedtuple("Training", "flow reference encoder pairs loss micro_batch
 def dpo_fm_loss(winner, loser, reference_winner, reference_loser, beta=2000.0, half=0.5):
     """L_DPO-FM (Eq. 2) of four errors per pair (B,) -> (loss, {"accuracy", "margin", ...: float}).
 
-    half = 0.5 as the official code, 1 as Eq. 2. At policy = reference the loss is log 2.
-    """
+    half = 0.5 as the official code, 1 as Eq. 2. At policy = reference the loss is log 2."""
     logits = -half * beta * ((winner - loser) - (reference_winner - reference_loser))   # (B,)
     loss = -F.logsigmoid(logits).mean()
     parts = {"accuracy": (logits > 0).float(), "margin": logits, "dpo": loss,
@@ -249,7 +249,10 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     model = load_policy(policy, device, how.score_head)
     flow = model.flow
     reference = copy.deepcopy(flow).requires_grad_(False)   # the policy as it came
-    pairs = training_data(rows, tensors, model)
+    with reading(f"the pairs of {folder}", "delete pairs.jsonl and pairs.safetensors"):
+        pairs = training_data(rows, tensors, model)
+        if len({len(part) for part in pairs.values()}) > 1:
+            raise ValueError(f"there are {len(rows)} rows for {len(pairs['mean'])} pairs")
     parameters = trainable(flow)
     optimizer = make_optimizer(parameters, (how.beta1, how.beta2), how.weight_decay)
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -266,30 +269,33 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     trim_log(folder, step)
     began = time.monotonic() - 60 * minutes
     flow.train()
-    for step in tqdm(range(step, steps), "optimising", initial=step, total=steps, unit="step"):
-        # rate
-        rate = learning_rate(step, how.learning_rate, warmup, steps, shape)
-        set_rate(optimizer, rate)
+    with stop_on_signal() as stopped:
+        for step in tqdm(range(step, steps), "optimising", initial=step, total=steps, unit="step"):
+            # rate
+            rate = learning_rate(step, how.learning_rate, warmup, steps, shape)
+            set_rate(optimizer, rate)
 
-        # loss and gradients
-        positions = range(step * how.batch_size, (step + 1) * how.batch_size)
-        parts = loss_and_gradients(training, list(parameters.values()), positions, seed)
+            # loss and gradients
+            positions = range(step * how.batch_size, (step + 1) * how.batch_size)
+            parts = loss_and_gradients(training, list(parameters.values()), positions, seed)
 
-        # clip, step, average
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), how.clip or math.inf).item()
-        if not math.isfinite(norm):
-            raise UserError(f"step {step}: the gradient norm is {norm:g}; lower --learning_rate")
-        optimizer.step()
-        update_average(average, parameters, average_decay(step, how.ema))
+            # clip, step, average
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), how.clip or math.inf).item()
+            if not math.isfinite(norm):
+                raise UserError(f"step {step}: gradient norm {norm:g}; lower --learning_rate")
+            optimizer.step()
+            update_average(average, parameters, average_decay(step, how.ema))
 
-        # log and save
-        done = step + 1
-        minutes = (time.monotonic() - began) / 60
-        if done == steps or done % how.log_every == 0:
-            row = {"step": done, "lr": rate, "minutes": minutes, **parts, "grad_norm": norm}
-            append_jsonl(folder / "log.jsonl", row)
-        if done == steps or done % how.save_every == 0:
-            save_state(folder, parameters, optimizer, average, done, settings, minutes)
+            # log and save
+            done = step + 1
+            minutes = (time.monotonic() - began) / 60
+            if done == steps or done % how.log_every == 0:
+                row = {"step": done, "lr": rate, "minutes": minutes, **parts, "grad_norm": norm}
+                append_jsonl(folder / "log.jsonl", row)
+            if done == steps or done % how.save_every == 0 or stopped:
+                save_state(folder, parameters, optimizer, average, done, settings, minutes)
+            if stopped:
+                break
 
     # the losses over all pairs, and the model; it links to the other parts of a local one
     copy_weights(parameters, average)
@@ -335,11 +341,6 @@ def draw_prompts(folder, pool, count, seed, iteration):
     return read_jsonl(path)
 
 
-def columns(rows):
-    """The prompts and the durations of rows."""
-    return [row["prompt"] for row in rows], [row["duration"] for row in rows]
-
-
 def make_candidates(folder, model, rows, seed, sampler, save_clips):
     """candidates.safetensors: a latent for each row (M N, L, C); clip i is made from (seed, i)."""
     path, blocks = folder / "candidates.safetensors", []
@@ -348,7 +349,8 @@ def make_candidates(folder, model, rows, seed, sampler, save_clips):
     for start in tqdm(range(0, len(rows), save_clips), "sampling", unit=f" x {save_clips}"):
         part = folder / "candidates" / f"{start:07d}.safetensors"
         if not part.is_file():
-            prompts, durations = columns(rows[start:start + save_clips])
+            block = rows[start:start + save_clips]
+            prompts, durations = zip(*[(row["prompt"], row["duration"]) for row in block])
             indices = range(start, start + len(prompts))
             save_tensors(part, {"latents": sampler(model, prompts, durations, seed, indices)})
         blocks.append(load_tensors(part)["latents"])
@@ -364,7 +366,7 @@ def score_candidates(folder, model, rows, latents, scorers, origin, save_clips):
     starts = range(len(scored), len(rows), save_clips)
     for start in tqdm(starts, "scoring", unit=f" x {save_clips}"):
         block = slice(start, start + save_clips)
-        prompts, durations = columns(rows[block])
+        prompts, durations = zip(*[(row["prompt"], row["duration"]) for row in rows[block]])
         audios = decode(model.codec, latents[block], durations)
         scores = [scorer.scores(audios, rate, prompts).tolist() for scorer in scorers.values()]
         for row, values in zip(rows[block], zip(*scores)):
@@ -404,7 +406,8 @@ def save_pairs(folder, rows, tensors):
 def begin(path, command, flags, policy, judges):
     """Write a run's config.json, or check that a run found there has the same settings."""
     wanted = {name: value for name, value in vars(flags).items() if name not in FREE}
-    wanted |= {"policy": policy, "ears": [module_hash(each)[:16] for each in vars(judges).values()]}
+    wanted |= {"policy": policy, "ears": [module_hash(each)[:16] for each in vars(judges).values()],
+               "code": code_hash()}
     started = {"noise": NOISE}
     if path.is_file():
         started = read_json(path, dict)
@@ -416,64 +419,68 @@ def begin(path, command, flags, policy, judges):
 
 def run(command="crpo.run(...)", **settings):
     """All iterations; settings: flags by name -> the numbers of crpo.json (evaluate.compare)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("crpo.py is one process: start it by python crpo.py, without torchrun")
     args = parse_flags(__doc__, FLAGS, [], settings)
     out, device = Path(args.out), choose_device(args.device)
-    check_writable(out / "config.json")
-    judges = Judges(args.reward, args.judge, args.tagger, device)
-    sampler = sampler_of(args)
+    with locked(out):
+        judges = Judges(args.reward, args.judge, args.tagger, device)
+        sampler = sampler_of(args)
 
-    # the policy, and what pairs come from: prompts, or a static set
-    policy = str(args.checkpoint)
-    model = load_policy(policy, device, args.score_head, args.generation_batch)
-    if args.pairs:
-        static = read_pairs(args.pairs, args.audio_dir)
-        args.iterations = 1
-    else:
-        longest = model.flow.config["max_duration"]
-        pool = prompt_pool(args.prompt_file, args.pool, args.prompts, longest)
-    config = begin(out / "config.json", command, args, policy_hash(policy), judges)
-
-    # who is judged: real scenes, the base, every iteration
-    places = range(HELD_OUT, HELD_OUT + args.eval_prompts)
-    clips, scenes = render_clips(World("val", pairs="all"), places)
-    found = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes)}
-    clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-    found["base"] = judged(out / "base.safetensors", judges, clips_of, scenes)
-    warnings = []
-
-    for k in range(1, args.iterations + 1):
-        folder, name = out / f"iteration_{k}", f"iteration {k}"
-        source = out / "iteration_1" if args.offline else folder
-        seed = args.seed * 1000 + k
-        if args.pairs and not (source / "pairs.safetensors").is_file():
-            save_pairs(source, *encode_pairs(model.codec, model.flow.config, static))
-        elif not (source / "pairs.safetensors").is_file():
-            # prompts, N candidates of each, their rewards, the best and the worst
-            prompts = draw_prompts(source, pool, args.prompts, args.seed, k)
-            asked = [row for row in prompts for _ in range(args.num_samples)]           # M N rows
-            latents = make_candidates(source, model, asked, seed, sampler, args.save_clips)
-            origin = {"seed": seed, "checkpoint": policy_hash(policy)}
-            scored = score_candidates(source, model, asked, latents, {"reward": judges.reward},
-                                      origin, args.save_clips)
-            write_pairs(source, scored, args.num_samples, latents)
-
-        # the next policy prefers the winners
-        if not (folder / "report.json").is_file():
-            pairs = read_jsonl(source / "pairs.jsonl")
-            tensors = load_tensors(source / "pairs.safetensors")
-            losses = optimise(folder, policy, pairs, tensors, pick(Loss, args),
-                              pick(Optimisation, args), seed, f"report {args.seed}", device)
-            write_json(folder / "report.json", {**losses, "pairs": len(pairs)})
-
-        # what the judges say of it
-        policy, before = str(folder), list(found.values())[-1]
+        # the policy, and what pairs come from: prompts, or a static set
+        policy = str(args.checkpoint)
         model = load_policy(policy, device, args.score_head, args.generation_batch)
+        if args.score is not None and not model.flow.config.get("score_head"):
+            raise UserError(f"--score needs a model with a score head, which {policy} has not")
+        if args.pairs:
+            static = read_pairs(args.pairs, args.audio_dir)
+            args.iterations = 1
+        else:
+            longest = model.flow.config["max_duration"]
+            pool = prompt_pool(args.prompt_file, args.pool, args.prompts, longest)
+        config = begin(out / "config.json", command, args, policy_hash(policy), judges)
+
+        # who is judged: real scenes, the base, every iteration
+        places = range(HELD_OUT, HELD_OUT + args.eval_prompts)
+        clips, scenes = render_clips(World("val", pairs="all"), places)
+        found = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes)}
         clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-        found[name] = judged(folder / "heard.safetensors", judges, clips_of, scenes)
-        warnings += alarms(name, read_json(folder / "report.json"), before, found[name])
-        paragraphs, numbers = compare(found, "base", draws=200)
-        write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
-    return numbers
+        found["base"] = judged(out / "base.safetensors", judges, clips_of, scenes)
+        warnings = []
+
+        for k in range(1, args.iterations + 1):
+            folder, name = out / f"iteration_{k}", f"iteration {k}"
+            source = out / "iteration_1" if args.offline else folder
+            seed = args.seed * 1000 + k
+            if args.pairs and not (source / "pairs.safetensors").is_file():
+                save_pairs(source, *encode_pairs(model.codec, model.flow.config, static))
+            elif not (source / "pairs.safetensors").is_file():
+                # prompts, N candidates of each, their rewards, the best and the worst
+                prompts = draw_prompts(source, pool, args.prompts, args.seed, k)
+                asked = [row for row in prompts for _ in range(args.num_samples)]       # M N rows
+                latents = make_candidates(source, model, asked, seed, sampler, args.save_clips)
+                origin = {"seed": seed, "checkpoint": policy_hash(policy)}
+                scored = score_candidates(source, model, asked, latents, {"reward": judges.reward},
+                                          origin, args.save_clips)
+                write_pairs(source, scored, args.num_samples, latents)
+
+            # the next policy prefers the winners
+            if not (folder / "report.json").is_file():
+                pairs = read_jsonl(source / "pairs.jsonl")
+                tensors = load_tensors(source / "pairs.safetensors")
+                losses = optimise(folder, policy, pairs, tensors, pick(Loss, args),
+                                  pick(Optimisation, args), seed, f"report {args.seed}", device)
+                write_json(folder / "report.json", {**losses, "pairs": len(pairs)})
+
+            # what the judges say of it
+            policy, before = str(folder), list(found.values())[-1]
+            model = load_policy(policy, device, args.score_head, args.generation_batch)
+            clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
+            found[name] = judged(folder / "heard.safetensors", judges, clips_of, scenes)
+            warnings += alarms(name, read_json(folder / "report.json"), before, found[name])
+            paragraphs, numbers = compare(found, "base", draws=200)
+            write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
+        return numbers
 
 
 def main(argv=None):

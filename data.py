@@ -9,17 +9,18 @@ A manifest is a .jsonl, .json or .csv file, a clip a row, with the columns (or T
     caption (captions)     what is heard; of a list the first one is taken
     duration, score        optional: seconds of sound, never more than the file has; any number
 An AudioCaps table (audiocap_id, youtube_id, start_time, caption) has no paths: ids name its files.
+Bad rows and bad sounds are named, counted and left out; if all are bad, that is an error.
 Clips are cropped around their centre (TangoFlux 3.2; official: --crop start) or end in silence.
 
 A cache holds the codec's raw posterior of each clip, so that each epoch draws its own sample:
 mean.npy, std.npy, float16 (N, L, C); rows.jsonl, an object a clip; settings.json, what made them.
 Letters: N clips, B batch, L latent frames, C latent channels, S text tokens, T text width.
 """
-import csv
+import filecmp
 import hashlib
-import json
 import math
 import os
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,12 @@ from numpy.lib.format import open_memmap
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lib.audio import fit_audio, probe_audio, read_audio, resample, save_spectrogram, write_wav
-from lib.common import (UserError, append_jsonl, derive_seed, file_hash, flag, parse_flags,
-                        read_json, read_jsonl, reading, run_main, settings_key, warn, whole_blocks,
-                        write_json, write_jsonl)
+from lib.audio import (SILENCE, fit_audio, probe_audio, read_audio, resample, save_spectrogram,
+                       silent_files, usable, write_wav)
+from lib.common import (UserError, append_jsonl, atomic_path, derive_seed, file_hash, flag, locked,
+                        parse_flags, read_json, read_jsonl, reading, run_main, settings_key,
+                        whole_blocks, write_json, write_jsonl)
+from lib.text import read_table
 from lib.weights import load_tensors, module_hash
 from world.scenes import World, in_workers, render_clips
 from world.sounds import CLIP_SAMPLES, SAMPLE_RATE
@@ -69,135 +72,97 @@ SOUND_SUFFIXES = ".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .w64".split()
 
 # ----------------------------------------------------------------------------- manifests
 
-def read_table(path):
-    """Rows (dicts) of a .csv file, or of JSON: a list, or an object a line."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".jsonl", ".json", ".csv"):
-        raise UserError(f"{path} is no manifest: it must be a .jsonl, .json or .csv file")
-    with reading(path):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines(keepends=True)))
-        elif text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = read_jsonl(path)
-    if not rows:
-        raise UserError(f"manifest {path} holds no rows; write a JSON object or CSV line per clip")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or None in row:    # None: csv's mark of too many fields
-            raise UserError(f"manifest {path} row {number} is not an object, or longer than the "
-                            "header: quote captions with commas")
-    return rows
-
-
 def read_cell(row, what, key):
-    """The text in a cell, of a list the first; of NUMBERS one or None. Raises ValueError."""
+    """The text in a cell, of a list of captions the first; of NUMBERS one or None. ValueError."""
     value = row.get(key)
     if what in NUMBERS:
         number = None if value in (None, "") else float(value)
         if number is not None and not NUMBERS[what] < number < math.inf:
             raise ValueError(f"its {key} is {number}")
         return number
-    if value and isinstance(value, list):
+    words = what in ("caption", "prompt")
+    if words and value and isinstance(value, list):
         value = value[0]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"it has no {key}")
-    return value.strip()
+        raise ValueError(f"it has no {key}, or more than one")
+    return value.strip() if words else value        # a file's name may begin with a space
+
+
+def row_cells(keys, named):
+    """{what: name of its column}, (its name, a row) -> {what: its cell}. Raises UserError."""
+    name, row = named
+    with reading(name, "mend or delete it"):
+        return {what: read_cell(row, what, key) for what, key in keys.items()}
 
 
 def read_cells(path, table, asked, remedy):
-    """The rows of a table with the cells of `asked` {what: name of its column, or None} alone."""
-    columns = set().union(*table)
+    """Of a table's good rows [(row, its cells of `asked` {what: name of its column, or None})]."""
+    columns = set().union(*[row for _, row in table])
     keys = {}
     for what, key in asked.items():
         names = (key,) if key else COLUMNS.get(what, (what,))
         keys[what] = next((name for name in names if name in columns), None)
         if keys[what] is None and (key or what not in NUMBERS):
-            raise UserError(f"manifest {path} has no column {' or '.join(names)}; {remedy}")
-    rows = []
-    for number, row in enumerate(table, 1):
-        with reading(f"manifest {path} row {number}", "mend or delete it"):
-            rows.append({what: read_cell(row, what, key) for what, key in keys.items()})
-    return rows
+            raise UserError(f"{path} has no column {' or '.join(names)}; {remedy}")
+    good = usable(table, partial(row_cells, keys), f"rows of {path}")
+    return [(row, cells) for (_, row), cells in good]
 
 
 def add_audiocaps_paths(rows, folder):
     """Set "audio" of each row of an AudioCaps table: the file below `folder` that its ids name,
-    or the path that it would have, to be named as missing."""
-    files = {}
+    also with start, or start_end, in (milli)seconds; else a path to be named as missing."""
+    files, whole = {}, {}
     for file in sorted(Path(folder).rglob("*"), reverse=True):
         if file.suffix.lower() in SOUND_SUFFIXES:
-            files[file.stem] = str(file)
+            whole[file.stem] = str(file)
+            start = re.sub(r"_0*(\d+)(\.0+)?(_\d+(\.\d+)?)?$", r"_\1", file.stem)
+            files[start] = str(file)
+    files |= whole
     for row in rows:
         video = row.get("youtube_id") or ""
         clip = str(row.get("audiocap_id") or "")
-        stems = [f"{video}_{row.get('start_time')}", video, f"Y{video}", clip]      # Y: AudioSet's
+        start = str(row.get("start_time")).removesuffix(".0")
+        names = [f"{video}_{start}", f"{video}_{start}000", video]
+        stems = [*names, *[f"Y{name}" for name in names], clip]             # Y: AudioSet's
         known = [files[stem] for stem in stems if stem in files]
         row["audio"] = known[0] if known else f"{video or clip}.wav"
 
 
 def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, score_key=None,
-                  audio_dir=None):
+                  audio_dir=None, others=False):
     """Rows {"audio": absolute path, "caption", "duration": seconds or None, "score" or None}; paths
-    are relative to `audio_dir`, else the manifest's folder, or (official) the working folder."""
+    are relative to `audio_dir`, else the manifest's folder, or (official) the working folder.
+    others: with the key "others", the row as it stands there."""
     table = read_table(path)
     folder = os.path.abspath(audio_dir or Path(path).parent)
-    columns = table[0].keys()
+    columns = set().union(*[row for _, row in table])
     if columns & {"youtube_id", "audiocap_id"} and not columns & {audio_key, *COLUMNS["audio"]}:
-        add_audiocaps_paths(table, folder)
+        add_audiocaps_paths([row for _, row in table], folder)
     asked = {"audio": audio_key, "caption": caption_key, "duration": duration_key,
              "score": score_key}
-    rows = read_cells(path, table, asked, "name its own by --audio_key, --caption_key, ...")
-    for row in rows:
+    rows = []
+    for whole, row in read_cells(path, table, asked, "name its own by --audio_key, --caption_key"):
         place = os.path.join(folder, row["audio"])
         if os.path.exists(row["audio"]) and not os.path.exists(place):
             place = os.path.abspath(row["audio"])
         row["audio"] = os.path.normpath(place)
+        rows.append({**row, "others": whole} if others else row)
     return rows
 
 
 def read_prompts(path):
-    """Rows {"prompt", "duration": seconds or None} of a .txt or .jsonl file. Raises UserError."""
-    with reading(path, 'write a prompt a line, or rows like {"prompt": "...", "duration": 3.0}'):
-        if Path(path).suffix.lower() == ".jsonl":
-            rows = read_jsonl(path)
-        else:
-            lines = map(str.strip, Path(path).read_text(encoding="utf-8-sig").splitlines())
-            rows = [{"prompt": line} for line in lines if line]
-        rows = [{"prompt": row["prompt"], "duration": row.get("duration")} for row in rows]
-        for row in rows:
-            if not isinstance(row["prompt"], str) or not 0 < (row["duration"] or 1) < math.inf:
-                raise ValueError(f"a row is {row}")
-        if not rows:
-            raise ValueError("it has no prompt in it")
-    return rows
-
-
-def check_left(left, rows, need, why):
-    """Warn if fewer than all `rows` are `left`, and why. UserError if none is: none has `need`."""
-    count = len(rows)
-    if len(left) == 0:
-        raise UserError(f"none of the {count} rows has {need}")
-    if len(left) < count:
-        warn(f"{count - len(left)} of {count} rows skipped: {why}")
+    """Rows {"prompt", "duration": seconds or None} of a .txt file, a prompt a line, or of a table
+    in the layouts of --data. Raises UserError."""
+    remedy = 'write a prompt a line, or rows like {"prompt": "...", "duration": 3.0}'
+    asked = dict.fromkeys(("prompt", "duration"))
+    return [row for _, row in read_cells(path, read_table(path), asked, remedy)]
 
 
 def usable_rows(rows):
     """The rows whose sound files can be read at both ends; the others are named and counted."""
-    bad = set()
-    files = dict.fromkeys(row["audio"] for row in rows)
-    for audio in tqdm(files, "checking sound files", delay=2, disable=None):
-        try:
-            probe_audio(audio)
-        except UserError as error:
-            bad.add(audio)
-            if len(bad) <= 20:
-                warn(f"{error}; skipped")
-    usable = [row for row in rows if row["audio"] not in bad]
-    check_left(usable, rows, "a usable sound file; name their --audio_dir",
-               f"{len(bad)} bad sound files")
-    return usable
+    files = list(dict.fromkeys(row["audio"] for row in rows))
+    good = {file for file, _ in usable(files, probe_audio, "sound files (--audio_dir?)")}
+    return [row for row in rows if row["audio"] in good]
 
 
 def read_rows(args):
@@ -230,22 +195,24 @@ def load_clip(row, sampling_rate, channels, samples, crop="center"):
     return fit_audio(audio, samples, crop), min(seconds, row.get("duration") or seconds)
 
 
+def read_pair(folder, row):
+    """A row of read_pairs with the paths of its two sounds. UserError: unusable, or the same."""
+    winner, loser = (str(Path(folder) / row[side]) for side in ("winner", "loser"))
+    probe_audio(winner)
+    probe_audio(loser)
+    if filecmp.cmp(winner, loser, shallow=False):
+        raise UserError(f"{winner} and {loser} hold the same sound")
+    return {**row, "winner": winner, "loser": loser}
+
+
 def read_pairs(path, audio_dir=None):
     """A static preference set -> rows {"prompt", "duration" or None, "winner", "loser": paths}.
-    Rows whose sounds are missing or the same are left out. Raises UserError if none remains."""
-    folder = Path(audio_dir or Path(path).parent)
+    Pairs with a bad sound, or of one sound, are named and counted. UserError if none remains."""
+    folder = audio_dir or Path(path).parent
     asked = dict.fromkeys(("prompt", "duration", "winner", "loser"))
-    rows = read_cells(path, read_table(path), asked, "rename its own")
-    pairs = []
-    for row in rows:
-        for side in ("winner", "loser"):
-            row[side] = str(folder / row[side])
-        sounds = {row["winner"], row["loser"]}
-        if len(sounds) == 2 and all(map(os.path.isfile, sounds)):
-            pairs.append(row)
-    check_left(pairs, rows, f"two sounds below {folder}; name their --audio_dir",
-               f"in {path} a sound is missing, or winner and loser are one")
-    return pairs
+    rows = [row for _, row in read_cells(path, read_table(path), asked, "rename its own")]
+    pairs = usable(rows, partial(read_pair, folder), f"pairs of {path} (--audio_dir?)")
+    return [pair for _, pair in pairs]
 
 
 # ----------------------------------------------------------------------------- the cache
@@ -277,10 +244,43 @@ def open_cache(folder):
         rows = read_jsonl(folder / "rows.jsonl")
         mean = np.load(folder / "mean.npy", mmap_mode="r")
         std = np.load(folder / "std.npy", mmap_mode="r")
-        if len(rows) < len(mean):
-            raise ValueError(f"it is incomplete ({len(rows)} of {len(mean)} clips)")
-    kept = [i for i, row in enumerate(rows) if "error" not in row]
+        if len(rows) != len(mean) or mean.shape != std.shape:
+            raise ValueError(f"it is torn ({len(rows)} rows, {len(mean)} and {len(std)} clips)")
+        kept = [i for i, row in enumerate(rows) if "error" not in row]
+    settings.pop("sounds and durations", None)      # runs of older versions do not know them
     return Cache(folder, mean, std, rows, np.array(kept, dtype=np.int64), settings_key(settings))
+
+
+def new_array(path, shape):
+    """Write a .npy file of float16 zeros (shape) whose room on the disk is reserved: when a disk is
+    full, a write into a memory map is a SIGBUS. Raises UserError."""
+    with atomic_path(path) as temporary:
+        open_memmap(temporary, "w+", np.float16, shape)
+        with open(temporary, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+
+
+def begin(folder, settings, codec, clips):
+    """Check the cache in a locked folder, or begin it there. UserError: stale, or no cache."""
+    log, state = folder / "rows.jsonl", folder / "settings.json"
+    if state.is_file():
+        return check_fresh(folder, read_json(state, dict), settings)
+    arrays = [folder / "mean.npy", folder / "std.npy"]
+    there = [path for path in (log, *arrays) if path.exists()]
+    if there and not (log.is_file() and log.stat().st_size == 0):       # a killed start left it
+        raise UserError(f"{there[0]} is not of a cache; choose another folder (--cache)")
+    silence = torch.zeros(1, settings["channels"], settings["samples"])
+    shape = codec.encode(silence.to(codec.latent_mean.device))[0].shape[1:]         # (L, C)
+    write_jsonl(log, [])
+    try:
+        for path in arrays:
+            new_array(path, (clips, *shape))
+    except UserError:
+        for path in (log, *arrays):
+            path.unlink(missing_ok=True)
+        raise
+    write_json(state, settings)                             # last: then the arrays are there
 
 
 @torch.no_grad()
@@ -293,34 +293,26 @@ def build(folder, settings, codec, samples, items, function, workers, batch):
     settings = {**settings, "format": 1, "codec weights": module_hash(codec),
                 "codec config": codec.config, "sampling rate": codec.sampling_rate,
                 "channels": codec.audio_channels, "samples": samples}
-    names = folder / "mean.npy", folder / "std.npy"
     log, state = folder / "rows.jsonl", folder / "settings.json"
-    if state.is_file():
+    if state.is_file() and log.is_file() and log.read_bytes().count(b"\n") >= len(items):
         check_fresh(folder, read_json(state, dict), settings)
-    else:
-        silence = torch.zeros(1, codec.audio_channels, samples, device=device)
-        shape = codec.encode(silence)[0].shape[1:]                  # (L, C)
-        write_jsonl(log, [])
-        for name in names:
-            open_memmap(name, "w+", np.float16, (len(items), *shape))
-        write_json(state, settings)                         # last: then the arrays are there
-
-    done = len(whole_blocks(log, batch, len(items)))
-    if done == len(items):
-        return open_cache(folder)
-    arrays = [open_memmap(name, "r+") for name in names]
-    jobs = [items[start:start + batch] for start in range(done, len(items), batch)]
-    make = partial(function, codec.sampling_rate, codec.audio_channels, samples)
-    for audio, rows in in_workers(make, jobs, workers, f"encode {folder}", f" x {batch}"):
-        good = [i for i, row in enumerate(rows) if "error" not in row]
-        if good:
-            posterior = codec.encode(audio[good].to(device))        # two of (B, L, C)
-            for array, part in zip(arrays, posterior):
-                array[np.add(good, done)] = part.float().cpu().numpy()
-                array.flush()
-        for row in rows:                                    # last: they say what is complete
-            append_jsonl(log, row)
-        done += len(rows)
+        return open_cache(folder)                           # complete: read without a lock
+    with locked(folder):
+        begin(folder, settings, codec, len(items))
+        done = len(whole_blocks(log, batch, len(items)))
+        arrays = [open_memmap(folder / name, "r+") for name in ("mean.npy", "std.npy")]
+        jobs = [items[start:start + batch] for start in range(done, len(items), batch)]
+        make = partial(function, codec.sampling_rate, codec.audio_channels, samples)
+        for audio, rows in in_workers(make, jobs, workers, f"encode {folder}", f" x {batch}"):
+            good = [i for i, row in enumerate(rows) if "error" not in row]
+            if good:
+                posterior = codec.encode(audio[good].to(device))    # two of (B, L, C)
+                for array, part in zip(arrays, posterior):
+                    array[np.add(good, done)] = part.float().cpu().numpy()
+                    array.flush()
+            for row in rows:                                # last: they say what is complete
+                append_jsonl(log, row)
+            done += len(rows)
     return open_cache(folder)
 
 
@@ -351,24 +343,39 @@ def read_batch(crop, sampling_rate, channels, samples, rows):
                  "score": row["score"]}
         try:
             audio[:], entry["duration"] = load_clip(row, sampling_rate, channels, samples, crop)
+            if audio.abs().max() < SILENCE:
+                entry["silent"] = True
         except UserError as error:
             entry["error"] = str(error)
         cached.append(entry)
     return audios, cached
 
 
+def stamp(path):
+    """[name, bytes, time] of a file: what a cache made of it depends on."""
+    about = os.stat(path)
+    return [os.path.basename(path), about.st_size, about.st_mtime_ns]
+
+
+def heard(row):
+    """UserError if the sound of a row of read_batch could not be read."""
+    if "error" in row:
+        raise UserError(row["error"])
+
+
 def manifest_cache(folder, codec, manifest, rows, samples, crop="center", workers=2, batch=32):
-    """The latents of a manifest's clips, built where missing -> Cache. Bad files are counted and
-    keep their rows. Raises UserError if all are bad."""
-    sizes = [os.path.getsize(row["audio"]) for row in rows]
+    """The latents of a manifest's clips, built where missing -> Cache. Bad files are named, counted
+    and keep their rows; silent ones are named. Raises UserError if all are bad."""
+    sounds = [[*stamp(row["audio"]), row["duration"]] for row in rows]
     captions = "\n".join(row["caption"] for row in rows).encode()
     settings = {"source": "manifest", "manifest": file_hash(manifest),
                 "captions": hashlib.sha256(captions).hexdigest(), "clips": len(rows),
-                "bytes of audio": sum(sizes), "crop": crop}
+                "bytes of audio": sum(os.path.getsize(row["audio"]) for row in rows),
+                "sounds and durations": settings_key(sounds), "crop": crop}
     read = partial(read_batch, crop)
     cache = build(folder, settings, codec, samples, rows, read, workers, batch)
-    errors = [row["error"] for row in cache.rows if "error" in row]
-    check_left(cache.kept, rows, "a readable sound file", "".join(errors[:1]))
+    silent_files.extend(row["audio"] for row in cache.rows if "silent" in row)
+    list(usable(cache.rows, heard, "sounds"))
     return cache
 
 
@@ -383,16 +390,19 @@ def text_cache(cache, encoder, ids, mask, max_length, batch=64):
     offsets = np.append(0, mask.sum(1).cumsum(0).numpy())
     if state.is_file():
         check_fresh(path, read_json(state, dict), settings)
-        return np.load(path, mmap_mode="r"), offsets
-    hidden = open_memmap(path, "w+", np.float16, (int(offsets[-1]), encoder.width))
-    for start in tqdm(range(0, len(ids), batch), f"text {cache.folder}", delay=2, disable=None):
-        own = mask[start:start + batch]
-        own = own[:, :own.sum(1).max()]                             # (B, S)
-        stop = start + len(own)
-        states = encoder.encode(ids[start:stop, :own.shape[1]], own).cpu()  # (B, S, T)
-        hidden[offsets[start]:offsets[stop]] = states[own].numpy()
-    hidden.flush()
-    write_json(state, settings)                             # last: then the states are there
+        with reading(path, "delete it, and it is made anew"):
+            return np.load(path, mmap_mode="r"), offsets
+    with locked(cache.folder):
+        new_array(path, (int(offsets[-1]), encoder.width))
+        hidden = open_memmap(path, "r+")
+        for start in tqdm(range(0, len(ids), batch), f"text {path}", delay=2, disable=None):
+            own = mask[start:start + batch]
+            own = own[:, :own.sum(1).max()]                         # (B, S)
+            stop = start + len(own)
+            states = encoder.encode(ids[start:stop, :own.shape[1]], own).cpu()      # (B, S, T)
+            hidden[offsets[start]:offsets[stop]] = states[own].numpy()
+        hidden.flush()
+        write_json(state, settings)                         # last: then the states are there
     return hidden, offsets
 
 
@@ -425,8 +435,9 @@ class Data(NamedTuple):
 
 def prepare(cache, rows, encoder, max_length, frozen):
     """Tokenise the cache's prompts once -> Data; frozen: hidden states come from the disk, too."""
-    ids, mask = encoder.tokenize([row["prompt"] for row in cache.rows], max_length)     # (N, S)
-    durations = torch.tensor([row["duration"] or 0.0 for row in cache.rows])  # of bad files 0
+    with reading(cache.folder / "rows.jsonl", "delete the cache, and it is made anew"):
+        ids, mask = encoder.tokenize([row["prompt"] for row in cache.rows], max_length)  # (N, S)
+        durations = torch.tensor([row["duration"] or 0.0 for row in cache.rows])    # of bad files 0
     text = text_cache(cache, encoder, ids, mask, max_length) if frozen else None
     return Data(cache, rows, ids, mask.sum(1), durations, text)
 
@@ -463,6 +474,8 @@ def main():
     # a manifest's clips, or scenes with their truth
     if args.data:
         audios, rows = read_batch(args.crop, *kind, read_rows(args)[:args.count])
+        audios = [audio for audio, row in zip(audios, rows) if "error" not in row]
+        rows = [row for row, _ in usable(rows, heard, "sounds")]
     else:
         world = World(args.split, args.seed, args.pairs, args.degraded)
         audios, rows = render_batch(world, *kind, range(args.count))

@@ -12,11 +12,11 @@ nothing), the world's tagger (event F1, order, count, exact scenes); Frechet dis
 real clips on a second tagger's features and classes, for other sounds Frechet on CLAP's embeddings.
 Intervals: 95 %, resampled prompts, paired (not KL). N clips, K classes, W feature width, S seeds.
 """
-import html
-import os
+import math
 import shlex
 import sys
 import time
+import warnings
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from data import DATA_FLAGS, SOUND_SUFFIXES, load_clip, read_rows
-from lib.audio import fit_audio, resample, write_wav
-from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device, flag,
-                        markdown, parse_flags, relative_to_here, run_main, settings_key,
-                        write_jsonl, write_report, write_text)
+from lib.audio import fit_audio, listening_page, resample, usable, write_clips
+from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device,
+                        code_hash, flag, markdown, parse_flags, relative_to_here, run_main,
+                        settings_key, write_jsonl, write_report)
+from lib.text import number, tables
 from lib.weights import load_tensors, module_hash, save_tensors
 from model import load_model
 from reward import JUDGE, REWARD, load_clap
@@ -57,9 +58,12 @@ FLAGS = {"what is judged": [
     flag("--cache", "cache/evaluate", "folder of sampled latents"),
     flag("--out", "runs/results", "folder of the report"), DEVICE]}
 
+SILENT = 0.1                            # a clip whose peak is below is silent
+FEWEST = 8                              # prompts of an interval
 CLAP_RATE = 48000                       # Hz at which clips outside of the world are heard
 MEASURES = {"reward": "reward", "judge": "judge", "f1": "event F1", "order": "order",
-            "count": "count", "exact": "exact", "frechet": "Frechet", "kl": "KL"}
+            "count": "count", "exact": "exact", "frechet": "Frechet", "kl": "KL",
+            "silent": "silent"}
 HEADS = list(MEASURES.values())
 Asked = namedtuple("Asked", "prompt duration")      # as a Scene, which has these two names too
 Sampler = namedtuple("Sampler", "sampling seed batch_size cache")       # cache: of latents
@@ -88,10 +92,15 @@ def kl_divergence(generated, reference, smallest=1e-6):
 
 
 def bootstrap(statistic, count, draws=1000, seed=0):
-    """95 % interval [low, high] of statistic(rows), `count` rows drawn anew; NaN is left out."""
+    """95 % interval [low, high] of statistic(rows), `count` rows drawn anew; NaN is left out.
+
+    Of fewer than FEWEST rows NaN: they would lie too close together."""
+    if count < FEWEST:
+        return [math.nan, math.nan]
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(count, size=count)) for _ in range(draws)]
-    return np.nanpercentile(values, [2.5, 97.5], axis=0).tolist()
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):     # all are NaN
+        return np.nanpercentile(values, [2.5, 97.5], axis=0).tolist()
 
 
 # ----------------------------------------------------------------------------- judging
@@ -107,14 +116,14 @@ class Judges:
     def judge(self, clips, asked, rate=SAMPLE_RATE):
         """{"reward", "judge": (N,), "features": (N, W)}, and of scenes {"tally", "logits": (N, K)}.
 
-        clips: of scenes (N, 65536) at 16 kHz, of other prompts (N, samples) at `rate`.
-        """
+        clips: of scenes (N, 65536) at 16 kHz, of other prompts (N, samples) at `rate`."""
         prompts = [each.prompt for each in asked]
         audios = [clip[:int(each.duration * rate)] for clip, each in zip(clips, asked)]
         embedded = self.clap.embed_audio(audios, rate)                         # (N, W)
         found = {"reward": self.reward.scores(audios, rate, prompts),
                  "judge": (embedded * self.clap.embed_text(prompts)).sum(1),
-                 "features": embedded}
+                 "features": embedded,
+                 "silent": [float(audio.abs().max() < SILENT) for audio in audios]}
         if isinstance(asked[0], Scene):
             _, chances, _ = probabilities(self.ear, clips)                     # (N, K)
             found["logits"] = chances.clamp(1e-6, 1 - 1e-6).logit()
@@ -128,12 +137,13 @@ def judged(path, judges, clips_of, scenes):
     if not Path(path).is_file():
         found = judges.judge(clips_of(), scenes)
         save_tensors(path, {name: torch.from_numpy(array) for name, array in found.items()})
-    return {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+    found = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+    return {"silent": np.full(len(found["reward"]), np.nan), **found}       # of older runs: "-"
 
 
 def measure(name, sets, real, rows):
     """One number about some rows of S judged sets together; `real`: the judged real clips."""
-    if name in ("reward", "judge"):
+    if name in ("reward", "judge", "silent"):
         return np.mean([each[name][rows] for each in sets])
     distances = {"frechet": (frechet_distance, "features"), "kl": (kl_divergence, "logits")}
     if name in distances:
@@ -144,7 +154,7 @@ def measure(name, sets, real, rows):
 
 def summary(found, real):
     """{measure: number} of a judged set, in the order of HEADS; `real`: the judged real clips."""
-    names = MEASURES if "tally" in found else ["reward", "judge", "frechet"]
+    names = MEASURES if "tally" in found else ["reward", "judge", "frechet", "silent"]
     return {name: float(measure(name, [found], real, slice(None))) for name in names}
 
 
@@ -171,26 +181,10 @@ def gains(aligned, base, real, draws=1000, seed=0):
 
 # ----------------------------------------------------------------------------- tables and pages
 
-def number(value, digits, sign=""):
-    """A number of a table, "-" for NaN; never "-0.000"."""
-    return "-" if value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
-
-
 def cells(values):
     """A summary as cells of HEADS."""
     digits = {"reward": 4, "judge": 4}
     return [number(value, digits.get(name, 3)) for name, value in values.items()]
-
-
-def tables(heads, rows, width=100):
-    """A Markdown table; if it is wider than `width`, its halves, each with the first column."""
-    table = markdown(heads, rows)
-    if len(heads) < 3 or table.index("\n") <= width:
-        return table
-    middle = len(heads) // 2 + 1
-    left = tables(heads[:middle], [row[:middle] for row in rows], width)
-    rest = [row[:1] + row[middle:] for row in rows]
-    return f"{left}\n\n{tables(heads[:1] + heads[middle:], rest, width)}"
 
 
 def change_table(changes):
@@ -215,28 +209,8 @@ def compare(found, against, draws=1000, seed=0, pooled=()):
     base = found[against]
     changes = {name: gains(group, base, real, draws, seed) for name, group in groups.items()}
     numbers |= {f"{name} against {against}": change for name, change in changes.items()}
-    return [table, f"Differences to {against}, over prompts:", change_table(changes)], numbers
-
-
-def write_clips(out, column, clips, asked, rate, count=8):
-    """Write the first clips (N, samples) as WAVs into out/listen -> their paths."""
-    paths = [Path(out) / "listen" / f"{i:02d}_{column}.wav" for i in range(min(count, len(asked)))]
-    for path, clip, each in zip(paths, clips, asked):
-        write_wav(path, clip[None, :int(each.duration * rate)], rate)
-    return paths
-
-
-def listening_page(out, columns, prompts, title="The same prompts side by side"):
-    """out/listen.html: a row a prompt, a column for each {name: [paths of WAV files]}."""
-    lines = [f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1>",
-             "<table border=1 cellpadding=6><tr><th>prompt"]
-    lines += [f"<th>{html.escape(name)}" for name in columns]
-    for prompt, *paths in zip(prompts, *columns.values()):
-        lines.append(f"<tr><td>{html.escape(prompt)}")
-        for path in paths:
-            source = html.escape(os.path.relpath(path, out))
-            lines.append(f'<td><audio controls src="{source}"></audio>')
-    write_text(Path(out) / "listen.html", "\n".join(lines))
+    note = f"Differences to {against}, over prompts (no interval for fewer than {FEWEST}):"
+    return [table, note, change_table(changes)], numbers
 
 
 def alarms(name, losses, before, now):
@@ -245,8 +219,10 @@ def alarms(name, losses, before, now):
     if losses["accuracy"] > 0.95 and losses["winner"] > 1.05 * losses["reference_winner"]:
         lines.append(f"{name}: the winners' loss rose at an accuracy near 1: losers get worse; "
                      "raise --fm_weight or lower --beta, --learning_rate")
-    rises = [now[judge].mean() > before[judge].mean() for judge in ("reward", "judge")]
-    if rises == [True, False]:
+    gained = {judge: now[judge] - before[judge] for judge in ("reward", "judge")}
+    reward = bootstrap(lambda rows: gained["reward"][rows].mean(), len(gained["reward"]))
+    judge = bootstrap(lambda rows: gained["judge"][rows].mean(), len(gained["judge"]))
+    if reward[0] > 0 > judge[1]:
         lines.append(f"{name}: the reward rose and the judge fell: the reward is being fooled; "
                      "take an earlier iteration, more prompts or fewer --epochs")
     return lines
@@ -270,15 +246,14 @@ def held_out_clips(model, scenes, noise, sampler):
 def sampled(model, asked, sampler, rate=SAMPLE_RATE, samples=CLIP_SAMPLES, cut=True):
     """A model's clips (N, samples), cut or not at the durations, and the seconds of sampling.
 
-    A model without a score head is asked for no score.
-    """
+    A model without a score head is asked for no score."""
     if not model.flow.config.get("score_head"):
         sampler = sampler._replace(sampling=sampler.sampling._replace(score=None))
     prompts, durations = zip(*[(each.prompt, each.duration) for each in asked])
     device = next(model.flow.parameters()).device
     weights = [module_hash(part) for part in (model.flow, model.text, model.codec)]
     # latents are kept by all that they and the seconds depend on
-    key = settings_key([sampler, model.flow.config, prompts, durations, weights,
+    key = settings_key([sampler, code_hash(), model.flow.config, prompts, durations, weights,
                         torch.get_num_threads(), str(device)])
     path = Path(sampler.cache) / f"{key}.safetensors"
     if not path.is_file():
@@ -293,18 +268,13 @@ def sampled(model, asked, sampler, rate=SAMPLE_RATE, samples=CLIP_SAMPLES, cut=T
     return as_clips(model.codec, audios, rate, samples), kept["seconds"].item()
 
 
-def folder_rows(folder, count):
-    """The first `count` sounds of a folder as rows. Raises UserError if there are fewer."""
+def folder_clips(folder, count, rate, samples):
+    """The first `count` sounds of a folder (N, samples). Raises UserError if there are fewer."""
     files = [path for path in sorted(Path(folder).glob("*")) if path.suffix in SOUND_SUFFIXES]
     if len(files) < count:
         raise UserError(f"{folder} holds {len(files)} sounds for {count} prompts; lower --prompts")
-    return [{"audio": path} for path in files[:count]]
-
-
-def file_clips(rows, rate, samples, crop="start"):
-    """Rows {"audio": path} of a manifest or folder -> (clips (N, samples), their seconds)."""
-    clips, seconds = zip(*[load_clip(row, rate, 1, samples, crop) for row in rows])
-    return torch.cat(clips), seconds
+    clips = [load_clip({"audio": path}, rate, 1, samples, "start")[0] for path in files[:count]]
+    return torch.cat(clips)
 
 
 def main(argv=None):
@@ -327,9 +297,12 @@ def main(argv=None):
     if args.data:
         rate = CLAP_RATE
         samples = round(rate * longest)
-        rows = read_rows(args)[:args.prompts]
-        real, seconds = file_clips(rows, rate, samples, args.crop)
-        asked = [Asked(row["caption"], each) for row, each in zip(rows, seconds)]
+        read = partial(load_clip, sampling_rate=rate, channels=1, samples=samples, crop=args.crop)
+        rows, clips = zip(*usable(read_rows(args)[:args.prompts], read, "sounds"))
+        if len(rows) < 2:
+            raise UserError(f"{args.data} has one usable clip; an evaluation needs two")
+        real = torch.cat([audio for audio, _ in clips])
+        asked = [Asked(row["caption"], seconds) for row, (_, seconds) in zip(rows, clips)]
     else:
         real, asked = render_clips(World("test", pairs=args.pairs), range(args.prompts))
     write_jsonl(out / "prompts.jsonl", [Asked(a.prompt, a.duration)._asdict() for a in asked])
@@ -340,7 +313,7 @@ def main(argv=None):
     pages = {"real": write_clips(out, 0, real, asked, rate)}
     for source in sources:
         if source in args.clips:
-            clips, _ = file_clips(folder_rows(source, len(asked)), rate, samples)
+            clips = folder_clips(source, len(asked), rate, samples)
         else:
             clips, _ = sampled(load_model(source, device), asked, sampler, rate, samples)
         column = relative_to_here(source)

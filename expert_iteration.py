@@ -8,11 +8,9 @@ They need runs/score and runs/ranker (docs/training.md). A round (second paper) 
 prompts.jsonl, candidates.safetensors, scores.jsonl (reward, CLAP's score, the sum of their
 z-scores), experts.jsonl and .safetensors (the kept clips), tuned/ (fine-tuned on the mixture), and
 the model after the polish on the kept clips alone.
-A stage whose file is there is skipped: a killed run ends with the same bits.
-
-Where the paper is silent: prompts are drawn anew in each round; a kept clip is conditioned on its
-own reward; its sampled latents are trained on directly; both trainings start from averaged weights
-(the code: from raw ones of an earlier save) at a constant rate; the rates are the toy's.
+A stage whose file is there is skipped. Where the paper is silent: prompts are drawn anew in each
+round; a kept clip is conditioned on its own reward; its sampled latents are trained on directly;
+both trainings start from averaged weights (code: from raw ones) at a constant, the toy's, rate.
 N clips, L latent frames, C latent channels.
 """
 from pathlib import Path
@@ -22,9 +20,9 @@ import numpy as np
 import train_fm
 from crpo import (draw_prompts, load_policy, make_candidates, prompt_pool, sampler_of,
                   score_candidates)
-from lib.common import (DEVICE, DTYPE, UserError, check_settings, check_writable, choose_device,
-                        derive_seed, file_hash, flag, parse_flags, read_json, read_jsonl, reading,
-                        run_main, write_json, write_jsonl)
+from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device, code_hash,
+                        derive_seed, file_hash, flag, locked, parse_flags, read_json, read_jsonl,
+                        reading, run_main, write_json, write_jsonl)
 from lib.weights import policy_hash, save_tensors
 from reward import REWARD, TrainedRanker, load_clap
 
@@ -102,59 +100,63 @@ def run(**settings):
     """All rounds, settings named as the flags -> their reports."""
     args = parse_flags(__doc__, FLAGS, [], settings)
     out, device = Path(args.out), choose_device(args.device)
-    check_writable(out / "config.json")
-    if args.keep > args.prompts:
-        raise UserError(f"--keep {args.keep:g} is more than --prompts {args.prompts}")
-    scorers = {"reward": TrainedRanker(args.ranker, device), "clap": load_clap(args.clap, device)}
-    sampler = sampler_of(args)
-    policy = str(args.checkpoint)
-    longest = load_policy(policy, device).flow.config["max_duration"]
-    pool = prompt_pool(args.prompt_file, args.pool, args.prompts, longest)
+    with locked(out):
+        if args.keep > args.prompts:
+            raise UserError(f"--keep {args.keep:g} is more than --prompts {args.prompts}")
+        clap = load_clap(args.clap, device)
+        scorers = {"reward": TrainedRanker(args.ranker, device), "clap": clap}
+        sampler = sampler_of(args)
+        policy = str(args.checkpoint)
+        config = load_policy(policy, device).flow.config
+        if not config.get("score_head"):
+            raise UserError(f"--checkpoint needs a model with a score head, which {policy} has not")
+        pool = prompt_pool(args.prompt_file, args.pool, args.prompts, config["max_duration"])
 
-    # a run found in --out goes on under the same settings
-    wanted = {name: value for name, value in vars(args).items() if name not in FREE}
-    with reading(args.data, "python reward.py score_manifest writes a manifest with scores"):
-        wanted |= {"policy": policy_hash(policy), "manifest": file_hash(args.data)}
-    if (out / "config.json").is_file():
-        check_settings(out, read_json(out / "config.json", dict), wanted)
-    write_json(out / "config.json", wanted)
-    training = {name: getattr(args, name) for name in TRAINING}
+        # a run found in --out goes on under the same settings
+        wanted = {name: value for name, value in vars(args).items() if name not in FREE}
+        with reading(args.data, "python reward.py score_manifest writes a manifest with scores"):
+            wanted |= {"policy": policy_hash(policy), "manifest": file_hash(args.data),
+                       "code": code_hash()}
+        if (out / "config.json").is_file():
+            check_settings(out, read_json(out / "config.json", dict), wanted)
+        write_json(out / "config.json", wanted)
+        training = {name: getattr(args, name) for name in TRAINING}
 
-    reports = []
-    for k in range(1, args.rounds + 1):
-        folder = out / f"round_{k}"
-        if not (folder / "report.json").is_file():
-            # sample, one clip of each prompt
-            seed = derive_seed(args.seed, "round", k) % 2 ** 40
-            model = load_policy(policy, device, None, args.generation_batch)
-            rows = draw_prompts(folder, pool, args.prompts, args.seed, k)
-            latents = make_candidates(folder, model, rows, seed, sampler, args.save_clips)
+        reports = []
+        for k in range(1, args.rounds + 1):
+            folder = out / f"round_{k}"
+            if not (folder / "report.json").is_file():
+                # sample, one clip of each prompt
+                seed = derive_seed(args.seed, "round", k) % 2 ** 40
+                model = load_policy(policy, device, None, args.generation_batch)
+                rows = draw_prompts(folder, pool, args.prompts, args.seed, k)
+                latents = make_candidates(folder, model, rows, seed, sampler, args.save_clips)
 
-            # score, blend, keep the best
-            rows = score_candidates(folder, model, rows, latents, scorers, {"seed": seed},
-                                    args.save_clips)
-            rewards = [row["reward"] for row in rows]
-            fits = [row["clap"] for row in rows]
-            for row, value in zip(rows, z_blend(rewards, fits)):
-                row["blend"] = float(value)
-            write_jsonl(folder / "scores.jsonl", rows)
-            kept = keep_best(folder, rows, latents, args.keep)
+                # score, blend, keep the best
+                rows = score_candidates(folder, model, rows, latents, scorers, {"seed": seed},
+                                        args.save_clips)
+                rewards = [row["reward"] for row in rows]
+                fits = [row["clap"] for row in rows]
+                for row, value in zip(rows, z_blend(rewards, fits)):
+                    row["blend"] = float(value)
+                write_jsonl(folder / "scores.jsonl", rows)
+                kept = keep_best(folder, rows, latents, args.keep)
 
-            # fine-tune on the mixture, polish on the kept clips alone
-            training["seed"] = seed
-            tune(folder / "tuned", folder, checkpoint=policy, train_steps=args.tuning_steps,
-                 learning_rate=args.learning_rate, **training)
-            tune(folder, folder, checkpoint=str(folder / "tuned"), train_steps=args.polish_steps,
-                 learning_rate=args.polish_rate, experts_only=True, **training)
-            report = {"samples": len(rows), "kept": len(kept), "policy": policy_hash(policy)}
-            for name in scorers:
-                report[f"{name} of samples"] = float(np.mean([row[name] for row in rows]))
-                report[f"{name} of kept"] = float(np.mean([row[name] for row in kept]))
-            write_json(folder / "report.json", report)
-        reports.append(read_json(folder / "report.json", dict))
-        print(f"round {k}: {reports[-1]}")
-        policy = str(folder)
-    return reports
+                # fine-tune on the mixture, polish on the kept clips alone
+                training["seed"] = seed
+                tune(folder / "tuned", folder, checkpoint=policy, train_steps=args.tuning_steps,
+                     learning_rate=args.learning_rate, **training)
+                tune(folder, folder, checkpoint=str(folder / "tuned"), experts_only=True,
+                     train_steps=args.polish_steps, learning_rate=args.polish_rate, **training)
+                report = {"samples": len(rows), "kept": len(kept), "policy": policy_hash(policy)}
+                for name in scorers:
+                    report[f"{name} of samples"] = float(np.mean([row[name] for row in rows]))
+                    report[f"{name} of kept"] = float(np.mean([row[name] for row in kept]))
+                write_json(folder / "report.json", report)
+            reports.append(read_json(folder / "report.json", dict))
+            print(f"round {k}: {reports[-1]}")
+            policy = str(folder)
+        return reports
 
 
 def main(argv=None):

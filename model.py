@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from lib.common import UserError, read_json, reading, warn, write_json
 from lib.fast import attention
 from lib.text import load_text, null_score
-from lib.weights import empty, find_weights, load_weights, model_folder, resolve, save_module
+from lib.weights import find_weights, load_weights, model_folder, resolve, save_module
 from vae import load_codec, save_codec
 
 # where a score enters (second paper, Table I)
@@ -187,8 +187,7 @@ def with_visible(mask, before, after):
 def rope_tables(tokens, frames, axes, device):
     """cos and signed sin, each (N, A), for `apply_rope`; theta 10000, angles in float64.
 
-    The first `tokens` (text, duration) stand at position 0, audio frame i at i on every axis.
-    """
+    The first `tokens` (text, duration) stand at position 0, audio frame i at i on every axis."""
     exponents = torch.cat([torch.arange(0, axis, 2).double() / axis for axis in axes])  # (A/2,)
     positions = F.pad(torch.arange(frames).double(), (tokens, 0))           # (N,)
     angles = torch.outer(positions, 10000.0 ** -exponents).repeat_interleave(2, dim=1)  # (N, A)
@@ -334,8 +333,7 @@ class FluxTransformer(nn.Module):
         """latents (B, L, C), t (B,) with 1 = noise, text (B, S, T), pooled (B, T) -> (B, L, C).
 
         mask (B, S) bool: True = attended to; None: all (official code). score (B,), NaN = none,
-        or None; ValueError if the network has no score head.
-        """
+        or None; ValueError if the network has no score head."""
         text, audio = self.context_embedder(text), self.x_embedder(latents)     # (B, S|L, D)
         tembs = [self.time_text_embed(t, pooled)]                               # (B, D)
         if self.score_embed is not None:
@@ -394,8 +392,7 @@ def init_weights(flow):
 
     Zero: the adaLN linears, so that every gate is shut and each block starts as the identity; the
     last projection, so that the first prediction is 0; a score head's last layer. DiT starts the
-    embedders of t and text at std 0.02: text so faint is learned late.
-    """
+    embedders of t and text at std 0.02: text so faint is learned late."""
     zero = (".linear", "transformer.proj_out", "score_embed.linear_2")
     for name, module in flow.named_modules():
         if isinstance(module, nn.Linear):
@@ -406,8 +403,7 @@ def init_weights(flow):
 def with_score_head(flow, head, null="zero", mean=0.0, std=1.0, seed=0):
     """A TangoFlux with a score head and the weights of `flow` -> (flow, whether its head is new).
 
-    v1 and v2 take each other's, null, mean and deviation too (the paper's cross-loading, IV-B).
-    """
+    v1 and v2 take each other's, null, mean and deviation too (the paper's cross-loading, IV-B)."""
     before = flow.config.get("score_head")
     if before not in (None, head) and {before, head} != {"v1", "v2"}:
         raise UserError(f"{head} can't take the weights of score head {before}: "
@@ -443,9 +439,7 @@ def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", 
     if "flow" in parts:
         with torch.device("meta"):      # no random numbers are drawn in vain
             flow = TangoFlux(config)
-        model.flow = empty(flow, dtype)
-        load_weights(model.flow, weights, optional=t5_names.values())
-        model.flow.to(device).eval()
+        model.flow = load_weights(flow, weights, t5_names.values(), dtype).to(device).eval()
     if "codec" in parts:
         model.codec = load_codec(folder, device)
         widths["in_channels"] = model.codec.latent_channels
@@ -464,8 +458,7 @@ def save_model(folder, flow=None, codec=None, text=None, references=None, extra=
                dtype=torch.float32):
     """Write the given parts as a model folder, whose config.json keeps the keys that it has.
 
-    references {"vae": "../base"}: parts that stay in another folder. extra: keys of config.json.
-    """
+    references {"vae": "../base"}: parts that stay in another folder. extra: keys of config.json."""
     folder = Path(folder)
     path = folder / "config.json"
     config = read_json(path, dict) if path.exists() else {}
@@ -475,7 +468,8 @@ def save_model(folder, flow=None, codec=None, text=None, references=None, extra=
     if text is not None:
         text.save(folder / "text_encoder", dtype)
     given = {"flow": flow, "vae": codec, "text_encoder": text}
-    linked = config.get("references", {}) | (references or {})
+    with reading(path, "its references must map parts to folders"):
+        linked = dict(config.get("references", {})) | (references or {})
     config["references"] = {part: at for part, at in linked.items() if given.get(part) is None}
     write_json(path, config | (extra or {}))
     if codec is not None:

@@ -19,6 +19,7 @@ W width of a ranker's features, F mel frames, T tagger frames.
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import read_manifest, read_table, usable_rows
-from lib.audio import ClapMel, read_audio, resample
+from data import COLUMNS, read_manifest, stamp, usable_rows
+from lib.audio import ClapMel, as_mono, read_audio, usable
 from lib.common import (BASE, DEVICE, HERE, UserError, check_writable, choose_device, flag,
                         parse_commands, read_json, reading, relative_to_here, run_main,
                         settings_key, write_json, write_jsonl)
@@ -36,7 +37,7 @@ from lib.mel import MEL_16K
 from lib.text import pad_tokens, read_tokenizer, well_formed
 from lib.weights import (find_weights, load_tensors, load_weights, model_folder, module_hash,
                          open_safetensors, read_header, save_module, save_tensors)
-from world.ears import load_tagger
+from world.ears import band_statistics, load_tagger
 from world.sounds import CLIP_SAMPLES
 
 REWARD = BASE / "clap_reward"           # ranks
@@ -128,21 +129,13 @@ class Clap(nn.Module):
         write_json(folder / "config.json", {**config, "architectures": ["ClapModel"]})
 
 
-def as_mono(audios, rate_in, rate_out):
-    """A list of (channels, samples) or (samples,) -> a list of (samples,) at `rate_out`."""
-    if any(audio.numel() == 0 for audio in audios):
-        raise UserError("a clip is empty: it has no score")
-    mono = [audio.reshape(-1, audio.shape[-1]).mean(0) for audio in audios]
-    return [resample(audio, rate_in, rate_out) for audio in mono]
-
-
 def build_clap(config, tokenizer, preprocessor, seed=0):
     """A Clap with random weights from the dicts of config.json and preprocessor_config.json."""
     from transformers import ClapConfig, ClapModel
-    with torch.random.fork_rng(devices=[]), reading("config.json of the CLAP"):
+    with torch.random.fork_rng(devices=[]), reading("the CLAP's config or preprocessor"):
         torch.manual_seed(seed)
         clap = ClapModel(ClapConfig(**config))
-    return Clap(clap, tokenizer, ClapMel(**preprocessor), preprocessor)
+        return Clap(clap, tokenizer, ClapMel(**preprocessor), preprocessor)
 
 
 def load_clap(source, device="cpu"):
@@ -157,7 +150,10 @@ def load_clap(source, device="cpu"):
     learned = {name: name for name in weights if not name.endswith(CONSTANT)}
     optional = [name for name in clap.clap.state_dict() if name.endswith(CONSTANT)]
     load_weights(clap.clap, weights.renamed(learned), optional)
-    return clap.to(device).eval()
+    clap.to(device).eval()
+    with reading(folder, "take its config.json, preprocessor_config.json and tokenizer together"):
+        clap.scores([torch.zeros(1000)], clap.front.sampling_rate, ["a trial"])
+    return clap
 
 
 # ----------------------------------------------------------------------------- ranking
@@ -174,8 +170,7 @@ def make_pairs(scores):
     """Best and worst clip of each prompt (2.5): scores (M, N) -> winners, losers, usable (M,).
 
     Of equal scores the first counts, as in the official code. Not usable are prompts with NaN among
-    their scores and those whose best clip is not above their worst.
-    """
+    their scores and those whose best clip is not above their worst."""
     scores = np.asarray(scores, dtype=float)
     known = ~np.isnan(scores).any(1)                                                    # (M,)
     scores = np.where(known[:, None], scores, 0.0)
@@ -272,32 +267,22 @@ def from_here(name):
     return HERE / name if (HERE / name).is_dir() else name
 
 
-def band_statistics(mel, samples):
-    """A log10 mel (80, F) over its sounding samples -> (720,): a band's quantiles, changes, dips.
-
-    In decades below the clip's peak, at most 4 (80 dB).
-    """
-    mel = mel[:, :max(9, math.ceil(samples / MEL_16K["hop_size"]))]
-    mel = (mel - mel.max()).clamp(min=-4)
-    change = mel.diff(dim=1).abs()
-    around = F.pad(mel[None], (4, 4), mode="replicate")[0].unfold(1, 9, 1)              # (80, F, 9)
-    beside = torch.minimum(around[..., :4].amax(-1), around[..., 5:].amax(-1))
-    dip = (beside - mel).clamp(min=0)                                                   # a gap
-    quantiles = torch.quantile(mel, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]), dim=1)
-    return torch.cat([*quantiles, change.mean(1), (change > 0.75).float().mean(1),
-                      dip.mean(1), (dip > 1).float().mean(1)])
-
-
 def clip_features(encoders, clips, folder):
-    """Rows {"audio", "caption"} -> (N, W); blocks are kept in `folder`, named by what made them."""
+    """Rows {"audio", "caption"} -> (N, W), NaN where a sound cannot be read, which is named.
+    Blocks are kept in `folder`, named by what made them."""
     networks, blocks = encoders.key(), []
+    read = partial(read_audio, sampling_rate=encoders.rate, channels=1)
     for start in tqdm(range(0, len(clips), BLOCK), desc="features", unit=f" x {BLOCK} clips"):
         files = [row["audio"] for row in clips[start:start + BLOCK]]
         prompts = [row["caption"] for row in clips[start:start + BLOCK]]
-        path = Path(folder) / f"{settings_key([networks, files, prompts])}.safetensors"
+        sounds = [stamp(file) for file in files]
+        path = Path(folder) / f"{settings_key([networks, files, sounds, prompts])}.safetensors"
         if not path.is_file():
-            audios = [read_audio(file, encoders.rate, 1) for file in files]
-            save_tensors(path, {"features": encoders.features(audios, encoders.rate, prompts)})
+            known = dict(usable(files, read, "sounds"))
+            audios = [known.get(file, torch.zeros(1, encoders.rate)) for file in files]
+            bad = torch.tensor([[file not in known] for file in files])                 # (B, 1)
+            features = encoders.features(audios, encoders.rate, prompts)                # (B, W)
+            save_tensors(path, {"features": features.masked_fill(bad, math.nan)})
         blocks.append(load_tensors(path)["features"])
     return torch.cat(blocks)
 
@@ -334,8 +319,10 @@ def score(audio, prompt, clap, device, **_):
         raise UserError("--audio needs a sound file")
     clap = load_clap(clap, device)
     rate = clap.front.sampling_rate
-    for path in audio:
-        value = clap.scores([read_audio(path, rate, 1)], rate, [prompt]).item()
+    seconds = None if clap.front.fused else clap.front.samples / rate       # what it hears
+    read = partial(read_audio, sampling_rate=rate, channels=1, seconds=seconds)
+    for path, sound in usable(audio, read, "sounds"):
+        value = clap.scores([sound], rate, [prompt]).item()
         print(f"{value:.6f}  {path}: {prompt[:100]}")
     print("next: python sample.py --best_of 5 lets this score choose")
 
@@ -346,15 +333,18 @@ def score_manifest(data, audio_dir, ranker, out, column, plus, device, **_):
     if out.suffix != ".jsonl" or out.resolve() == Path(data).resolve():
         raise UserError(f"--out {out} must be another file than --data, and end in .jsonl")
     check_writable(out)
-    rows = read_manifest(data, audio_dir=audio_dir)
-    usable = {row["audio"] for row in usable_rows(rows)}
+    rows = read_manifest(data, audio_dir=audio_dir, others=True)
+    taken = {*COLUMNS["audio"], *COLUMNS["caption"], "duration"}.union(*[r["others"] for r in rows])
+    if column in taken:
+        raise UserError(f"--column {column} is a column already; choose another name")
     scored = []
-    for known, row in zip(read_table(data), rows):
-        if row["audio"] in usable:
-            scored.append({**known, "audio": row["audio"], "caption": row["caption"]})
+    for row in usable_rows(rows):
+        scored.append({**row["others"], "audio": row["audio"], "caption": row["caption"]})
     trained = TrainedRanker(ranker, device)
     features = clip_features(trained.encoders, scored, out.parent / f"features_{out.stem}")
-    scores = trained.of(features)
+    known = features.isfinite().all(1)                                                  # (N,)
+    scored = [scored[i] for i in known.nonzero()[:, 0].tolist()]
+    scores = trained.of(features[known])
     with reading(data, "--plus takes a column of numbers and a weight"):
         for row, value in zip(scored, scores.tolist()):
             row |= {"audio": os.path.relpath(row["audio"], out.parent), column: value}

@@ -10,17 +10,14 @@ sampling runs from t = 1 down to 0 and every step is negative.
 Where the official sampler and this one differ: every prompt of a batch has its own null row, and a
 guidance scale of 1 is the conditional branch alone (there: errors); sample i has its own noise,
 made from (seed, i) (there: every prompt the same; --noise official); no row sees another's padding.
-As there: T5 of "" is the null, at the prompt's own length; all frames are made, the audio is cut to
-int(duration * rate) samples (30 s last 29.95). `--profile official --seed 0`: the official numbers.
+As there: all frames are made, the audio is cut to int(duration * rate) samples (30 s last 29.95).
 B batch, L latent frames, C latent channels, S text tokens, T text width.
 """
 import importlib
 import math
-import re
 import runpy
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,17 +25,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import read_prompts
-from lib.audio import normalise_loudness, save_spectrogram, write_wav
+from lib.audio import (limited, normalise_loudness, output_paths, place_of, save_spectrogram,
+                       write_wav)
 from lib.common import (ALIGNED, BASE, DEVICE, DTYPE, UserError, check_writable, choose_device,
-                        choose_dtype, flag, generator, need, parse_flags, pick, reading, run_main,
-                        side_by_side, warn)
+                        choose_dtype, code_hash, flag, generator, need, parse_flags, pick,
+                        reading, relative_to_here, run_main, side_by_side, warn, write_json)
 from lib.fast import quicken
 from lib.text import (concat_conditions, encode_prompts, moved, null_condition,
                       warn_of_unknown_words, well_formed)
-from lib.weights import model_folder, resolve
+from lib.weights import model_folder, policy_hash, resolve
 from model import ModelConfig, load_model
 from vae import codec_place
-from world.sounds import EVENT_NAMES
+from world.scenes import fitting_seconds
+from world.sounds import CLIP_SAMPLES, EVENT_NAMES, SAMPLE_RATE
 
 # the second paper's submissions (III-E): guidance on text and a score beyond the training's
 SUBMISSION = {"score": 5.0, "guidance_scale": 4.0, "steps": 25, "solver": "euler", "lufs": -16.5,
@@ -52,13 +51,15 @@ PROFILES = {
 SAMPLER_FLAGS = [
     flag("--steps", 25, "solver steps (paper 3.3: 50)", 1, 1000),
     flag("--guidance_scale", 3.0, "classifier-free guidance, 1 is none (paper A.6: 4.5)", 0, 50),
-    flag("--solver", "euler", "euler (paper) or heun (A.7)", choices=["euler", "heun"])]
+    flag("--solver", "euler", "euler (paper), heun (A.7), or another of SOLVERS")]
 FLAGS = {"what to make": [
-    flag("--prompt", None, "what to hear; may be repeated", nargs="append"),
-    flag("--prompt_file", None, ".txt with a prompt a line, or .jsonl of {prompt, duration}"),
+    flag("prompts", [], "what to hear", kind=str, nargs="*"),
+    flag("--prompt", [], "the same; may be repeated", kind=str, nargs="append"),
+    flag("--prompt_file", None, ".txt with a prompt a line, or a table as --data of train_fm.py"),
     flag("--prompt_prefix", "", "text before every prompt"),
     flag("--negative_prompt", None, "what not to hear, in the place of the empty text"),
-    flag("--duration", None, "seconds (toy: 4; paper: 10)", 1e-3, 1e6, kind=float),
+    flag("--duration", None, "seconds; none: 10 (paper), in the toy 4, or what a count needs", 1e-3,
+         1e6, kind=float),
     flag("--num_samples", 1, "samples of each prompt", 1, 1e5),
     flag("--best_of", 1, "candidates for each sample (paper A.3: 5, 10, 15)", 1, 1e5),
     flag("--reward", str(BASE / "clap_reward"), "what chooses: a CLAP, or FILE.py:function"),
@@ -71,13 +72,16 @@ FLAGS = {"what to make": [
     flag("--max_text_length", None, "tokens of a prompt (FLAN-T5: 512)", 2, 1e5, kind=int),
     flag("--score", None, "for score heads (second paper: 5.0)", -1e6, 1e6, kind=float),
 ], "output": [
-    flag("--output", "out", "a .wav file, or a folder"),
+    flag("--output", "out", "a folder or a .wav file; what is there is never replaced"),
     flag("--plot", False, "a spectrogram picture beside each WAV"),
     flag("--lufs", None, "loudness in LUFS (second paper: -16.5)", -70, 0, kind=float),
     flag("--true_peak", -1.0, "ceiling of --lufs in dB (second paper: -1)", -60, 0),
 ], "model and machine": [
     flag("--checkpoint", ALIGNED, "folder or hub id (paper: declare-lab/TangoFlux)", kind=str),
-    flag("--batch_size", 16, "samples at a time", 1, 4096), DTYPE, DEVICE]}
+    flag("--batch_size", 16, "samples at a time; in bfloat16 it changes a clip a little", 1, 4096),
+    DTYPE, DEVICE]}
+MADE_FROM = ("seed noise best_of reward steps guidance_scale solver score negative_prompt "
+             "max_text_length lufs true_peak").split()     # flags that a sample depends on
 
 
 class Sampling(NamedTuple):
@@ -125,8 +129,7 @@ def guided_velocity(flow, condition, null, guidance_scale):
     """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision.
 
     Both branches are one batch [uncond; cond] (official order); `null` None: the conditional one
-    alone. A score is guided jointly with the text (second paper, Eq. 2).
-    """
+    alone. A score is guided jointly with the text (second paper, Eq. 2)."""
     both = condition if null is None else concat_conditions(null, condition)
     if both.mask is not None and both.mask.all():           # attention is quicker without a mask
         both = both._replace(mask=None)
@@ -189,11 +192,12 @@ def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sam
 
     durations: seconds. indices: the i of (seed, i), default 0, 1, ... conditions: those of
     `encode_conditions`; model.text may then be None. noise (B, L, C): in the place of (seed, i).
-    Raises UserError if a score is asked without a head.
-    """
+    Raises UserError if a score is asked without a head."""
     flow = quicken(model.flow)
     if sampling.score is not None and not flow.config.get("score_head"):
         raise UserError("--score needs a model with a score head: train_fm.py --score_column")
+    if sampling.solver not in SOLVERS:
+        raise UserError(f"--solver {sampling.solver} is unknown; there are {', '.join(SOLVERS)}")
     if conditions is None:
         conditions = encode_conditions(model.text, prompts, durations, sampling, batch_size)
     if noise is None:
@@ -213,8 +217,10 @@ def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sam
 # ----------------------------------------------------------------------------- latents -> audio
 
 @torch.inference_mode()
-def decode(codec, latents, durations=None, batch_size=16, progress=False):
-    """Raw latents (B, L, C) -> list of audio (channels, int(duration * rate)) in [-1, 1] (CPU)."""
+def decode(codec, latents, durations=None, batch_size=16, progress=False, say=lambda line: None):
+    """Raw latents (B, L, C) -> list of audio (channels, int(duration * rate)), on the CPU.
+
+    Nothing clips: what passes full scale is turned down around its peaks, and `say` is told."""
     weight = next(codec.parameters())
     samples = [latents.shape[1] * codec.hop] * len(latents)                     # durations None
     if durations is not None:
@@ -222,17 +228,22 @@ def decode(codec, latents, durations=None, batch_size=16, progress=False):
     audios = []
     for start in tqdm(range(0, len(latents), batch_size), "decoding", disable=not progress):
         rows = slice(start, start + batch_size)
-        # no more is decoded than the samples depend on
-        frames = min(math.ceil(max(samples[rows]) / codec.hop), latents.shape[1])
+        # no more is decoded than is heard, and a frame: what follows a sample decides its limit
+        frames = min(math.ceil(max(samples[rows]) / codec.hop) + 1, latents.shape[1])
         decoded = codec.decode(latents[rows].to(weight), frames=frames)         # (B, channels, N)
-        audios += [audio[:, :n] for audio, n in zip(decoded.float().cpu(), samples[rows])]
+        for audio, n in zip(decoded.float().cpu(), samples[rows]):
+            peak = audio.abs().max().item()
+            if peak > 1:
+                say(f"a clip passes full scale by {20 * math.log10(peak):.1f} dB: limited")
+            audios.append(limited(audio, codec.sampling_rate)[:, :n])
     return audios
 
 
 def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sampling(),
                      batch_size=16, noise=None, device="cpu", dtype=torch.float32,
-                     max_text_length=None):
-    """Prompts and seconds -> (audios [(channels, samples)], sampling rate); frees what is done."""
+                     max_text_length=None, done=()):
+    """Yield (row, audio (channels, samples), sampling rate) of each prompt, batch after batch; not
+    of batches whose rows are all in `done`: others keep their batch, on which bfloat16 depends."""
     text = load_model(name, device, parts=("text",)).text
     text.max_tokens = max_text_length or text.max_tokens
     warn_of_unknown_words(text, [*prompts, sampling.negative_prompt or ""], EVENT_NAMES)
@@ -240,12 +251,24 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
     del text                                                # with FLAN-T5 a third of all memory
 
     model = load_model(name, device, dtype, ("flow", "codec"))
-    quicken(model.flow, 2 * min(batch_size, len(prompts)) * model.flow.config["audio_seq_len"])
-    latents = sample_latents(model, prompts, durations, seed, indices, sampling, batch_size,
-                             conditions, noise, progress=True)
-    model.flow = None                                       # decoding needs its memory
-    audios = decode(model.codec, latents, durations, batch_size, len(latents) > batch_size)
-    return audios, model.codec.sampling_rate
+    rate = model.codec.sampling_rate
+    shape = model.flow.config["audio_seq_len"], model.flow.config["in_channels"]
+    quicken(model.flow, 2 * min(batch_size, len(prompts)) * shape[0])
+    indices = range(len(prompts)) if indices is None else indices
+    for number, condition in enumerate(tqdm(conditions, "batches", disable=len(conditions) == 1)):
+        rows = range(len(prompts))[number * batch_size:][:batch_size]
+        own = slice(rows.start, rows.stop)
+        if done and all(done[row] for row in rows):
+            continue
+        x0 = noise_for(seed, indices[own], shape) if noise is None else noise[own]  # (B, L, C)
+        latents = sample_latents(model, prompts[own], durations[own], sampling=sampling,
+                                 batch_size=batch_size, conditions=[condition], noise=x0,
+                                 progress=True)
+        if own.stop == len(prompts):
+            model.flow = None                               # decoding needs its memory
+        audios = decode(model.codec, latents, durations[own], batch_size, say=print)
+        for row, audio in zip(rows, audios):
+            yield row, audio, rate
 
 
 # ----------------------------------------------------------------------------- command line
@@ -253,19 +276,6 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
 def default_duration(max_duration):
     """Seconds where nobody says: 10 (official), or the whole seconds that the model can make."""
     return min(10.0, float(math.floor(max_duration)) or max_duration)
-
-
-def output_paths(output, prompts):
-    """One WAV path for each sample: `output` if it ends in .wav, else 0000_words.wav in it."""
-    suffix = Path(output).suffix.lower()
-    if suffix in (".mp3", ".flac", ".ogg", ".m4a", ".aac"):
-        raise UserError(f"--output {output}: only WAV files are written")
-    if suffix == ".wav":
-        if len(prompts) > 1:
-            raise UserError(f"--output {output} is one file, for {len(prompts)} samples")
-        return [Path(output)]
-    words = [re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") for prompt in prompts]
-    return [Path(output, f"{i:04d}_{word or 'prompt'}.wav") for i, word in enumerate(words)]
 
 
 def load_scores(name, device):
@@ -278,15 +288,15 @@ def load_scores(name, device):
     return importlib.import_module("reward").load_clap(name, device).scores
 
 
-def best_audios(scores, audios, prompts, count):
-    """Of each `count` clips in a row the best by reward (paper A.3); all NaN: the first."""
-    best = []
-    for place, rewards in enumerate(torch.as_tensor(scores).split(count)):      # (N,)
-        index = place * count + rewards.nan_to_num(-torch.inf).argmax().item()
-        best.append(audios[index])
-        print(f"best of {count}: sample {index}, reward {scores[index]:.4f} "
-              f"(mean {rewards.nanmean():.4f}): {prompts[index][:60]}")
-    return best
+def best_audio(scores, audios, rate, prompt):
+    """The best of a prompt's candidates by reward (paper A.3); all NaN: the first."""
+    if len(audios) == 1:
+        return audios[0]
+    rewards = torch.as_tensor(scores(audios, rate, [prompt] * len(audios)))     # (N,)
+    index = rewards.nan_to_num(-torch.inf).argmax().item()
+    print(f"best of {len(audios)}: candidate {index}, reward {rewards[index]:.4f} "
+          f"(mean {rewards.nanmean():.4f}): {prompt[:60]}")
+    return audios[index]
 
 
 def main(argv=None):
@@ -300,52 +310,68 @@ def main(argv=None):
     folder = model_folder(args.checkpoint)
     if args.guidance_scale is None:
         args.guidance_scale = 4.5 if codec_place(folder)[2] == "oobleck" else 3.0
-    copies = args.num_samples * args.best_of
-
-    # prompts, and the files that they will be
-    rows = [{"prompt": prompt} for prompt in args.prompt or []]
-    rows += read_prompts(args.prompt_file) if args.prompt_file else []
-    rows = rows or [{"prompt": "a violin followed by rain"}]
-    rows = [row for row in rows for _ in range(copies)]
-    prompts = [well_formed(args.prompt_prefix + row["prompt"]) for row in rows]
-    paths = output_paths(args.output, prompts[::args.best_of])
-    check_writable(*paths)
-    if not all(row["prompt"].strip() for row in rows):
-        warn("an empty prompt asks for any sound at all")
-
-    # seconds and noise, as the model can make them
-    config = ModelConfig.from_dict(resolve(folder, "flow")[1])
-    seconds = args.duration or default_duration(config.max_duration)
-    durations = [row.get("duration") or seconds for row in rows]
-    if max(durations) > config.max_duration:
-        raise UserError(f"a duration of {max(durations)} s: at most {config.max_duration:g} s here")
-    indices = range(args.first_index, args.first_index + len(prompts))
-    noise = None
-    if args.noise == "official":
-        shape = config.audio_seq_len, config.in_channels
-        noise = official_noise(args.seed, [copies] * (len(rows) // copies), shape)      # (B, L, C)
-
-    # prompts -> latents -> audio, of every candidate
     device = choose_device(args.device)
     dtype, reason = choose_dtype(args.dtype, device)
     print(f"dtype: {str(dtype).removeprefix('torch.')} ({reason}); text encoder and codec float32")
-    scores = load_scores(args.reward, device) if args.best_of > 1 else None
-    audios, rate = prompts_to_audio(folder, prompts, durations, args.seed, indices,
-                                    pick(Sampling, args), args.batch_size, noise, device, dtype,
-                                    args.max_text_length)
 
-    # the best of each, at one loudness
-    if scores is not None:
-        audios = best_audios(scores(audios, rate, prompts), audios, prompts, args.best_of)
-    if args.lufs is not None:
-        audios = [normalise_loudness(audio, rate, args.lufs, args.true_peak)[0] for audio in audios]
+    # prompts, and seconds that the model can make
+    config = ModelConfig.from_dict(resolve(folder, "flow")[1])
+    rows = [{"prompt": prompt, "duration": None} for prompt in args.prompts + args.prompt]
+    rows += read_prompts(args.prompt_file) if args.prompt_file else []
+    rows = rows or [{"prompt": "a violin followed by rain", "duration": None}]
+    if not all(row["prompt"].strip() for row in rows):
+        warn("an empty prompt asks for any sound at all")
+    for row in rows:
+        row["prompt"] = well_formed(args.prompt_prefix + row["prompt"])
+        usual = default_duration(config.max_duration)
+        if config.max_duration == CLIP_SAMPLES / SAMPLE_RATE:       # a model of the world
+            usual = fitting_seconds(row["prompt"], usual)
+        seconds = row["duration"] = row["duration"] or args.duration or usual
+        if seconds > config.max_duration:
+            raise UserError(f"a duration of {seconds} s: at most {config.max_duration:g} s here")
+    rows = [row for row in rows for _ in range(args.num_samples)]
 
-    # files
-    for path, audio, prompt in zip(paths, audios, prompts[::args.best_of]):
-        write_wav(path, audio, rate)
+    # the files that they will be, and what these depend on
+    paths = output_paths(args.output, [row["prompt"] for row in rows])
+    check_writable(*paths)
+    made_from = {name: relative_to_here(getattr(args, name)) for name in MADE_FROM}
+    made_from |= {"dtype": str(dtype), "checkpoint": policy_hash(folder), "code": code_hash()}
+    places = []                                                     # (path, is it there, record)
+    for first, path, row in zip(count(args.first_index, args.best_of), paths, rows):
+        record = {**row, "index": first, **made_from}
+        places.append((*place_of(path, record), record))
+
+    # prompts -> latents -> audio, batch after batch
+    rows = [row for row in rows for _ in range(args.best_of)]       # of each candidate
+    done = [places[row // args.best_of][1] for row in range(len(rows))]
+    noise = None
+    if args.noise == "official":
+        copies = args.num_samples * args.best_of
+        shape = config.audio_seq_len, config.in_channels
+        noise = official_noise(args.seed, [copies] * (len(rows) // copies), shape)      # (B, L, C)
+    scores = load_scores(args.reward, device) if args.best_of > 1 and not all(done) else None
+    prompts, durations = zip(*[(row["prompt"], row["duration"]) for row in rows])
+    indices = range(args.first_index, args.first_index + len(rows))
+    made = prompts_to_audio(folder, prompts, durations, args.seed, indices, pick(Sampling, args),
+                            args.batch_size, noise, device, dtype, args.max_text_length, done)
+    candidates = []
+    for row, audio, rate in made if not all(done) else ():
+        candidates.append(audio)
+        path, is_there, record = places[row // args.best_of]
+        if (row + 1) % args.best_of or is_there:
+            candidates = [] if is_there else candidates
+            continue
+
+        # the best candidate, at one loudness, is written
+        audio = best_audio(scores, candidates, rate, record["prompt"])
+        candidates = []
+        if args.lufs is not None:
+            audio = normalise_loudness(audio, rate, args.lufs, args.true_peak)[0]
         if args.plot:
-            save_spectrogram(path.with_suffix(".png"), [audio], [prompt], rate)
-        print(f"wrote {path} ({audio.shape[-1] / rate:.2f} s): {prompt[:100]}")
+            save_spectrogram(path.with_suffix(".png"), [audio], [record["prompt"]], rate)
+        write_json(path.with_suffix(".json"), record)       # first: a WAV that is there is whole
+        write_wav(path, audio, rate)
+        print(f"wrote {path} ({audio.shape[-1] / rate:.2f} s): {record['prompt'][:100]}")
     print(f'next: python sample.py --prompt "three beeps and wind" --seed {args.seed + 1}')
 
 

@@ -26,16 +26,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data import (DATA_FLAGS, default_folder, gather, manifest_cache, prepare, read_rows,
                   split_rows, with_experts, world_cache)
-from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_writable,
-                        derive_seed, draw_log, flag, generator, mean_over_ranks, parse_flags,
-                        relative_to_here, run_main, start_ranks, wait_for_ranks)
+from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, derive_seed,
+                        flag, generator, locked, parse_flags, read_json, reading, relative_to_here,
+                        run_main, stop_on_signal)
 from lib.text import Condition, load_text_encoder, null_score, null_tokens
-from lib.weights import (learning_rate, load_state, make_optimizer, muon_takes, save_state,
-                         save_tensors, set_rate, start_averages, trainable, trim_log,
-                         update_averages, weights_replaced)
+from lib.weights import (draw_log, learning_rate, load_state, make_optimizer, mean_over_ranks,
+                         muon_takes, save_state, save_tensors, set_rate, start_averages,
+                         start_ranks, trainable, trim_log, update_averages, wait_for_ranks,
+                         weights_replaced)
 from model import PRESETS, SCORE_HEADS, TangoFlux, load_model, save_model, with_score_head
 from vae import load_codec
 
@@ -338,21 +340,30 @@ def decisive_settings(args, data):
     args.steps = args.train_steps
     if args.epochs:
         args.steps = math.ceil(args.epochs * len(data.rows) / (args.batch_size * args.processes))
+    config = Path(args.out) / "config.json"
+    if args.warmup_steps is None and not args.decay and config.is_file():
+        with reading(config):                   # the run's own, which followed from fewer steps
+            args.warmup_steps = read_json(config).get("training", {}).get("warmup_steps")
     if args.warmup_steps is None:
         args.warmup_steps = max(1, min(300, args.steps // 10))
     settings = {name: getattr(args, name) for name in DECISIVE}
     settings |= {"latents": data.cache.key, "training clips": len(data.rows)}
+    if not args.decay:                          # then a longer run begins as a shorter one
+        del settings["steps"]
     return relative_to_here(settings)
 
 
 def train(**settings):
     """A run; settings: flags by name. One found in `out` goes on -> rank, out, steps done, all."""
     args = with_defaults(settings)
-    out = Path(args.out)
+    with locked(args.out):
+        return train_in(Path(args.out), args)
+
+
+def train_in(out, args):
+    """The run of `train` in its folder."""
     began = time.monotonic()
     rank, args.processes, device = start_ranks(args.device)
-    if rank == 0:
-        check_writable(out / "state.pt")
     autocast = autocast_for(args.dtype, device, print if rank == 0 else lambda line: None)
 
     # model, data, and averages of what is trained
@@ -378,63 +389,67 @@ def train(**settings):
         print(f"{len(data.rows)} training clips; step {step} of {args.steps}")
 
     out_of_time, losses = torch.zeros(1, device=device), []
-    while True:
-        last = step == args.steps or bool(out_of_time)
-        # log what the last step left; a run that has just resumed has nothing to log
-        validates = last or step % args.val_every == 0
-        if rank == 0 and (losses or step == 0) and (validates or step % args.log_every == 0):
-            row = {"step": step, "minutes": minutes}
-            if losses:
-                row |= {"loss": float(np.mean(losses)), "lr": rate, "grad_norm": norm}
-            if validates:
-                row |= validate(flow, encoder, grid, autocast)
-                with weights_replaced(parameters, averages[""]):
-                    row |= validate(flow, encoder, grid, autocast, "_ema")
-            append_jsonl(out / "log.jsonl", row)
-            shown = [f"{name} {value:.4g}" for name, value in row.items() if "bins" not in name]
-            print("  ".join(shown), flush=True)
-            losses = []
+    bar = tqdm(None, "training", args.steps, initial=step, disable=rank > 0 or None)
+    with stop_on_signal() as stopped:
+        while True:
+            last = step >= args.steps or bool(out_of_time)
+            # log the steps since the last row; a run that has just resumed has none
+            validates = last or step % args.val_every == 0
+            if rank == 0 and (losses or step == 0) and (validates or step % args.log_every == 0):
+                row = {"step": step, "minutes": minutes}
+                if losses:
+                    row |= {"loss": float(np.mean(losses)), "lr": rate, "grad_norm": norm}
+                if validates:
+                    row |= validate(flow, encoder, grid, autocast)
+                    with weights_replaced(parameters, averages[""]):
+                        row |= validate(flow, encoder, grid, autocast, "_ema")
+                append_jsonl(out / "log.jsonl", row)
+                shown = [f"{name} {value:.4g}" for name, value in row.items() if "bins" not in name]
+                bar.clear()
+                print("  ".join(shown), flush=True)
+                losses = []
 
-        # save
-        if rank == 0 and step and (last or step % args.snapshot_every == 0):
-            for width in widths:
-                save_tensors(out / f"averages/{width}_{step:09d}.safetensors", averages[width])
-        if rank == 0 and step and (last or step % args.save_every == 0):
-            save_state(out, parameters, optimizer, memory, step, decisive, minutes)
-            record = {"training": relative_to_here(vars(args)) | decisive}
-            with weights_replaced(parameters, saved):
-                save_model(out, flow=flow, text=trained_text, extra=record)
-            save_tensors(out / "ema.safetensors", average)
-        if last:
-            return rank, out, step, args.steps
+            # save
+            if rank == 0 and step and (last or step % args.snapshot_every == 0):
+                for width in widths:
+                    save_tensors(out / f"averages/{width}_{step:09d}.safetensors", averages[width])
+            if rank == 0 and step and (last or step % args.save_every == 0):
+                save_state(out, parameters, optimizer, memory, step, decisive, minutes)
+                record = {"training": relative_to_here(vars(args)) | decisive}
+                with weights_replaced(parameters, saved):
+                    save_model(out, flow=flow, text=trained_text, extra=record)
+                save_tensors(out / "ema.safetensors", average)
+            if last:
+                return rank, out, step, args.steps
 
-        # rate, batch, forward and backward
-        rate = learning_rate(step, args.learning_rate, args.warmup_steps, args.steps,
-                             "linear" if args.decay else "constant")
-        set_rate(optimizer, rate)
-        first = (step * args.processes + rank) * args.batch_size
-        batch = training_batch(data, codec, args.seed, first, args.batch_size, args.dropout,
-                               args.t_mean, args.t_std, args.t_grid, args.score_dropout)
-        with autocast():
-            loss, _ = batch_loss(flow, encoder, batch, args.null)
-        optimizer.zero_grad()
-        loss.backward()
+            # rate, batch, forward and backward
+            rate = learning_rate(step, args.learning_rate, args.warmup_steps, args.steps,
+                                 "linear" if args.decay else "constant")
+            set_rate(optimizer, rate)
+            first = (step * args.processes + rank) * args.batch_size
+            batch = training_batch(data, codec, args.seed, first, args.batch_size, args.dropout,
+                                   args.t_mean, args.t_std, args.t_grid, args.score_dropout)
+            with autocast():
+                loss, _ = batch_loss(flow, encoder, batch, args.null)
+            optimizer.zero_grad()
+            loss.backward()
 
-        # means over processes: gradients, loss, and whether the time of any is over
-        minutes = (time.monotonic() - began) / 60
-        out_of_time.fill_(minutes >= stop_at)
-        gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        mean_over_ranks([*gradients, loss.detach(), out_of_time], args.processes)
+            # means over processes: gradients, loss, and whether the time of any is over
+            minutes = (time.monotonic() - began) / 60
+            out_of_time.fill_(minutes >= stop_at or bool(stopped))
+            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+            mean_over_ranks([*gradients, loss.detach(), out_of_time], args.processes)
 
-        # clip, step, average
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip or math.inf).item()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1] + norm):
-            at = f"step {step}: loss {losses[-1]:g}, gradient norm {norm:g}"
-            raise UserError(f"{at}; lower --learning_rate")
-        optimizer.step()
-        step += 1
-        update_averages(averages, parameters, step, args.ema)
+            # clip, step, average
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip or math.inf).item()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1] + norm):
+                at = f"step {step}: loss {losses[-1]:g}, gradient norm {norm:g}"
+                raise UserError(f"{at}; lower --learning_rate")
+            optimizer.step()
+            step += 1
+            bar.update()
+            update_averages(averages, parameters, step, args.ema)
 
 
 def main():

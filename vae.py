@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -22,15 +23,16 @@ import torch
 from tqdm import tqdm
 
 from data import DATA_FLAGS, load_clip, read_rows, split_rows
-from lib.audio import resample
-from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, check_writable,
-                        choose_device, draw_log, flag, generator, parse_flags, read_json, reading,
-                        run_main, write_json)
+from lib.audio import resample, usable
+from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, choose_device, flag,
+                        generator, locked, parse_flags, read_json, reading, run_main,
+                        stop_on_signal, write_json)
 from lib.fast import quicken_codec
 from lib.mel import MelVAE
 from lib.oobleck import OOBLECK_DEFAULTS, Oobleck
-from lib.weights import (find_weights, learning_rate, load_state, load_weights, model_folder,
-                         read_config, resolve, save_module, save_state, set_rate, trim_log)
+from lib.weights import (draw_log, empty, find_weights, fitting, learning_rate, load_state,
+                         load_weights, model_folder, read_config, resolve, save_module, save_state,
+                         set_rate, trim_log)
 from world.scenes import World
 from world.sounds import SAMPLE_RATE
 
@@ -67,13 +69,11 @@ MAY_CHANGE = ("out", "max_minutes", "log_every", "save_every", "device", "debug"
 
 # ------------------------------------------------------------------------- codecs on disk
 
-def make_codec(kind, config, empty=False):
-    """A codec with random weights (empty: Oobleck's are not drawn). UserError: no such config."""
-    empty = empty and kind == "oobleck"         # the mel codec keeps filters that are no weights
+def make_codec(kind, config, device="cpu"):
+    """A codec with random weights; on "meta" without any. UserError: no such config."""
     with reading(f"the config of a codec {kind}", "it must describe a codec mel or oobleck"):
-        with torch.device("meta" if empty else "cpu"):
-            codec = CODECS[kind](**config)
-    return codec.to_empty(device="cpu") if empty else codec
+        with torch.device(device):
+            return CODECS[kind](**config)
 
 
 def codec_place(name):
@@ -94,9 +94,13 @@ def codec_place(name):
 def load_codec(name, device="cpu"):
     """The codec of a model folder or hub id, for inference. UserError: missing or misshapen."""
     folder, config, kind = codec_place(name)
-    codec = make_codec(kind, config, empty=True)
+    codec = make_codec(kind, config, "meta")
     weights = find_weights(folder, "vae.safetensors")           # or diffusion_pytorch_model
-    load_weights(codec, weights, optional=("latent_mean", "latent_std"))    # not in official files
+    statistics = "latent_mean", "latent_std"                    # not in official files
+    fitting(codec, weights, statistics)
+    # the mel codec keeps filters that are no weights
+    codec = make_codec(kind, config) if kind == "mel" else empty(codec)
+    load_weights(codec, weights, statistics)
     return quicken_codec(codec.to(device).requires_grad_(False).eval())
 
 
@@ -124,8 +128,10 @@ def world_clips(codec, world):
 def file_clips(codec, rows, seconds, crop):
     """Yield the sound of a manifest's rows as audio (channels, samples)."""
     samples = round(seconds * codec.sampling_rate)
-    for row in rows:
-        yield load_clip(row, codec.sampling_rate, codec.audio_channels, samples, crop)[0]
+    load = partial(load_clip, sampling_rate=codec.sampling_rate, channels=codec.audio_channels,
+                   samples=samples, crop=crop)
+    for _, (audio, _) in usable(rows, load, "sounds"):
+        yield audio
 
 
 @torch.inference_mode()
@@ -208,94 +214,96 @@ def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
     steps = args.train_steps
     if step == 0:
         append_jsonl(log, {"step": 0, **validate(codec, held_out, weights), "minutes": minutes})
-    last = step == steps
-    while not last:
-        # rate (linear warm-up, then half a cosine) and batch
-        rate = learning_rate(step, args.learning_rate, args.warmup_steps, steps, "cosine")
-        set_rate(optimizer, rate)
-        random = generator(args.seed, "batch", step)
-        batch = draw_batch(examples, args.batch_size, length, codec.columns, random)
+    last = step >= steps
+    bar = tqdm(None, "training", steps, initial=step, unit="step", disable=None)
+    with bar, stop_on_signal() as stopped:
+        while not last:
+            # rate (linear warm-up, then half a cosine) and batch
+            rate = learning_rate(step, args.learning_rate, args.warmup_steps, steps, "cosine")
+            set_rate(optimizer, rate)
+            random = generator(args.seed, "batch", step)
+            batch = draw_batch(examples, args.batch_size, length, codec.columns, random)
 
-        # encode, add noise, decode, compare: codec.losses; backward, clip, step
-        with autocast():
-            noise = generator(args.seed, "noise", step)
-            loss, parts = weighted_loss(codec, batch.to(device), noise, weights)
-        if not math.isfinite(loss.item()):
-            raise UserError(f"step {step}: the loss is {loss.item()}; lower --learning_rate")
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
-        optimizer.step()
-        step += 1
+            # encode, add noise, decode, compare: codec.losses; backward, clip, step
+            with autocast():
+                noise = generator(args.seed, "noise", step)
+                loss, parts = weighted_loss(codec, batch.to(device), noise, weights)
+            if not math.isfinite(loss.item()):
+                raise UserError(f"step {step}: the loss is {loss.item()}; lower --learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            bar.update()
 
-        # log and save
-        minutes = (time.monotonic() - began) / 60
-        last = minutes >= stop_at or step == steps
-        if last or step % args.log_every == 0:
-            losses = {"loss": loss, **parts, "grad_norm": norm}
-            losses = {name: value.item() for name, value in losses.items()}
-            row = {"step": step, **losses, "lr": rate, **validate(codec, held_out, weights)}
-            append_jsonl(log, {**row, "minutes": minutes})
-            values = [f"{name} {value:.4g}" for name, value in row.items()]
-            print("  ".join(values), flush=True)
-        if last or step % args.save_every == 0:
-            save_state(args.out, codec.state_dict(), optimizer, {}, step, settings, minutes)
+            # log and save
+            minutes = (time.monotonic() - began) / 60
+            last = minutes >= stop_at or step == steps or bool(stopped)
+            if last or step % args.log_every == 0:
+                losses = {"loss": loss, **parts, "grad_norm": norm}
+                losses = {name: value.item() for name, value in losses.items()}
+                row = {"step": step, **losses, "lr": rate, **validate(codec, held_out, weights)}
+                append_jsonl(log, {**row, "minutes": minutes})
+                values = [f"{name} {value:.4g}" for name, value in row.items()]
+                bar.clear()
+                print("  ".join(values), flush=True)
+            if last or step % args.save_every == 0:
+                save_state(args.out, codec.state_dict(), optimizer, {}, step, settings, minutes)
     return step
 
 
 def main():
     args = parse_flags(__doc__, FLAGS)
-    check_writable(Path(args.out) / "vae.safetensors")
-    codec = load_codec(args.checkpoint) if args.checkpoint else None
-    kind = codec.kind if codec else args.codec
-    args = parse_flags(__doc__, FLAGS, defaults=OOBLECK if kind == "oobleck" else None)
-    args.codec = kind
+    with locked(args.out):
+        codec = load_codec(args.checkpoint) if args.checkpoint else None
+        kind = codec.kind if codec else args.codec
+        args = parse_flags(__doc__, FLAGS, defaults=OOBLECK if kind == "oobleck" else None)
+        args.codec = kind
 
-    # the codec
-    if codec:
-        args.config = codec.config
-    else:
-        text = args.config or "{}"
-        with reading("--config", "write a JSON object, or name a file with one"):
-            text = text if text[0] == "{" else Path(text).read_text()
-            args.config = {**CODECS[kind].TOY, **json.loads(text)}
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            codec = make_codec(kind, args.config)
-    codec.to(choose_device(args.device)).requires_grad_(True)
-    parameters = sum(p.numel() for p in codec.parameters())
-    print(f"{kind} codec, {parameters:,} parameters")
+        # the codec
+        if codec:
+            args.config = codec.config
+        else:
+            text = args.config or "{}"
+            with reading("--config", "write a JSON object, or name a file with one"):
+                text = text if text[0] == "{" else Path(text).read_text()
+                args.config = {**CODECS[kind].TOY, **json.loads(text)}
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)
+                codec = make_codec(kind, args.config)
+        codec.to(choose_device(args.device)).requires_grad_(True)
+        print(f"{kind} codec, {sum(p.numel() for p in codec.parameters()):,} parameters")
 
-    # resume
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    settings["steps"] = settings.pop("train_steps")     # its name in state.pt
-    betas = args.beta1, 0.99
-    optimizer = torch.optim.AdamW(codec.parameters(), betas=betas, weight_decay=0)
-    step, minutes = load_state(args.out, codec.state_dict(), optimizer, {}, settings,
-                               "vae.safetensors")
-    trim_log(args.out, step or -1)                      # a new run writes its row of step 0
+        # resume
+        settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        settings["steps"] = settings.pop("train_steps")     # its name in state.pt
+        optimizer = torch.optim.AdamW(codec.parameters(), betas=(args.beta1, 0.99), weight_decay=0)
+        step, minutes = load_state(args.out, codec.state_dict(), optimizer, {}, settings,
+                                   "vae.safetensors")
 
-    # examples
-    if args.data:
-        sides = split_clips(read_rows(args), args.seed)
-        clips = [file_clips(codec, rows, args.seconds, args.crop) for rows in sides]
-    else:
-        worlds = [World(split, args.seed, degraded=args.degraded) for split in ("train", "val")]
-        clips = [world_clips(codec, world) for world in worlds]
-    examples = load_examples(codec, clips[0], args.clips)                       # (N, R, T)
-    held_out = load_examples(codec, clips[1], args.validation_clips)
-    if step == 0 and not args.checkpoint:
-        codec.start(examples)
+        # examples
+        if args.data:
+            sides = split_clips(read_rows(args), args.seed)
+            clips = [file_clips(codec, rows, args.seconds, args.crop) for rows in sides]
+        else:
+            worlds = [World(split, args.seed, degraded=args.degraded) for split in ("train", "val")]
+            clips = [world_clips(codec, world) for world in worlds]
+        examples = load_examples(codec, clips[0], args.clips)                       # (N, R, T)
+        held_out = load_examples(codec, clips[1], args.validation_clips)
+        if step == 0 and not args.checkpoint:
+            codec.start(examples)
+        trim_log(args.out, step or -1)                      # a new run writes its row of step 0
 
-    # train, measure the latents, save
-    step = train(args, codec, optimizer, examples, held_out, settings, step, minutes)
-    codec.finish(examples)
-    save_codec(args.out, codec, training=settings)
-    panels = [("loss", "log", {"training": "loss", "held-out clips": "validation_loss"}),
-              ("log-mel error, dB", "linear", {"held-out clips": "validation_db"})]
-    draw_log(args.out, panels, "vae_loss.png")
-    print(f"wrote {args.out} after step {step} of {args.train_steps}; the same command goes on")
-    print(f"next: python train_fm.py --codec {args.out}")
+        # train, measure the latents, save
+        step = train(args, codec, optimizer, examples, held_out, settings, step, minutes)
+        codec.finish(examples)
+        save_codec(args.out, codec, training=settings)
+        panels = [("loss", "log", {"training": "loss", "held-out clips": "validation_loss"}),
+                  ("log-mel error, dB", "linear", {"held-out clips": "validation_db"})]
+        draw_log(args.out, panels, "vae_loss.png")
+        print(f"wrote {args.out} after step {step} of {args.train_steps}; the same command goes on")
+        print(f"next: python train_fm.py --codec {args.out}")
 
 
 if __name__ == "__main__":

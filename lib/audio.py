@@ -11,6 +11,10 @@ most -1 dB (second paper, III-E b; the code makes mono and scales a SAMPLE peak 
 """
 import contextlib
 import functools
+import html
+import itertools
+import os
+import re
 import textwrap
 import warnings
 import wave
@@ -19,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import conv1d, interpolate, pad
+from torch.nn.functional import avg_pool1d, conv1d, interpolate, max_pool1d, pad
+from tqdm import tqdm
 
 from lib.common import (UserError, atomic_path, check_writable, flag, need, parse_flags, picture,
-                        reading, run_main)
+                        read_json, reading, run_main, warn, write_text)
 
 FLAGS = {"loudness": [
     flag("files", None, "sound files", nargs="+"),
@@ -35,6 +40,8 @@ KAISER_BETA = 10.0      # lies 100 dB down from the smaller Nyquist frequency on
 CUTOFF = 0.95
 PHASES_PER_BLOCK = 160  # a block is one convolution; all of 44.1 <-> 48 kHz fits one
 CROP_MARGIN = 0.1       # seconds read beyond a crop: the filter sees no edge inside it
+SILENCE = 1e-3          # peak of a clip in which nothing is heard: -60 dB
+silent_files = []       # those that `read_audio` met; `usable` names them
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,11 +88,16 @@ def resample(audio, rate_in, rate_out):
 
 @contextlib.contextmanager
 def open_audio(path):
-    """Yield `path` as an open soundfile.SoundFile; what fails in the block is a UserError, too."""
+    """Yield `path` as an open soundfile.SoundFile; what fails in the block is a UserError, too, and
+    so are a pipe, a device, a rate beyond 1 to 768 kHz, and more frames than the file can hold."""
     import soundfile
-    if not Path(path).is_file():
-        raise UserError(f"audio file {path} is missing")
+    if not os.path.isfile(path):
+        raise UserError(f"audio file {path} is {'no file' if os.path.exists(path) else 'missing'}")
     with reading(path, "replace it or leave it out"), soundfile.SoundFile(path) as file:
+        if not 1000 <= file.samplerate <= 768_000:
+            raise ValueError(f"its header says {file.samplerate} Hz")
+        if file.frames > 8192 * os.path.getsize(path):      # densest: digital silence in FLAC
+            raise ValueError(f"its header promises {file.frames} frames, more than it can hold")
         yield file
 
 
@@ -108,6 +120,32 @@ def probe_audio(path):
         read_frames(file, 4096)
 
 
+def usable(items, read, what):
+    """Yield (item, read(item)) of the items that can be read. The others are named, 20 of them, and
+    counted at the end, as are silent sounds. Raises UserError if none can be read."""
+    good, errors = 0, []
+    try:
+        for item in tqdm(items, f"reading {what}", delay=2, disable=None):
+            try:
+                result = read(item)
+            except UserError as error:
+                errors.append(str(error))
+            else:
+                good += 1
+                yield item, result
+    finally:
+        for error in errors[:20] * bool(good):
+            warn(f"skipped: {error}")
+        if errors and good:
+            warn(f"{len(errors)} of {len(items)} {what} skipped")
+        if names := list(dict.fromkeys(silent_files)):
+            silent_files.clear()
+            shown = ", ".join(names[:20])
+            warn(f"{len(names)} sounds are silent, or their channels cancel: {shown}")
+    if errors and not good:
+        raise UserError(f"the {len(errors)} {what} cannot be used: {errors[0]}")
+
+
 def read_audio(path, sampling_rate, channels, seconds=None, crop="center"):
     """Read a sound file (WAV, FLAC, OGG, MP3, ...) as float32 (channels, N) at `sampling_rate` Hz.
     Mono is doubled for stereo; mono hears the mean of the channels, stereo the front pair. seconds:
@@ -115,7 +153,11 @@ def read_audio(path, sampling_rate, channels, seconds=None, crop="center"):
     with open_audio(path) as file:
         rate = file.samplerate
         frames = file.frames
-        if seconds is not None:
+        if seconds is None:
+            file.seek(max(0, frames - 1))       # before memory is taken for as many as it promises
+            read_frames(file, 1)
+            file.seek(0)
+        else:
             frames = min(frames, ceil((seconds + CROP_MARGIN) * rate))
         if crop == "center":
             file.seek((file.frames - frames) // 2)
@@ -123,6 +165,8 @@ def read_audio(path, sampling_rate, channels, seconds=None, crop="center"):
     if channels == 1:
         audio = audio.mean(0, keepdim=True)                     # (1, N)
     audio = audio[:channels].expand(channels, -1)               # (channels, N)
+    if audio.abs().max() < SILENCE:
+        silent_files.append(str(path))
     return resample(audio, rate, sampling_rate).clamp(-1, 1)
 
 
@@ -132,6 +176,14 @@ def fit_audio(audio, samples, crop="center"):
     start = surplus // 2 if crop == "center" else 0
     audio = audio[..., start:start + samples]
     return pad(audio, (0, samples - audio.shape[-1]))
+
+
+def as_mono(audios, rate_in, rate_out):
+    """A list of (channels, samples) or (samples,) -> a list of (samples,) at `rate_out`."""
+    if any(audio.numel() == 0 for audio in audios):
+        raise UserError("a clip is empty: it has no score")
+    mono = [audio.reshape(-1, audio.shape[-1]).mean(0) for audio in audios]
+    return [resample(audio, rate_in, rate_out) for audio in mono]
 
 
 def write_wav(path, audio, sampling_rate):
@@ -176,6 +228,17 @@ def normalise_loudness(audio, sampling_rate, target=-16.5, ceiling=-1.0):
     return audio * gain, gain, before + 20 * log10(gain)
 
 
+def limited(audio, sampling_rate, ceiling=0.98):
+    """(channels, N); what passes full scale is turned down for 5 ms around each peak."""
+    if audio.abs().max() <= 1:
+        return audio
+    reach = sampling_rate // 200
+    peaks = max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)  # (1, N)
+    gain = (ceiling / peaks).clamp(max=1)
+    gain = pad(gain[None], (reach, reach), mode="replicate")        # (1, 1, N + 2 reach)
+    return audio * avg_pool1d(gain, 2 * reach + 1, 1)[0]            # a mean of sufficient gains
+
+
 def save_spectrogram(path, audios, titles, sampling_rate):
     """Write a PNG with a spectrogram per audio ((channels, N) or (N,)) under its title. Without
     matplotlib there is one notice instead. Raises UserError if unwritable."""
@@ -198,6 +261,57 @@ def save_spectrogram(path, audios, titles, sampling_rate):
             axis.set_yscale("symlog", linthresh=1000)           # nearly as the ear: mel
             lines = textwrap.wrap(title, 60)[:2]
             axis.set_title("\n".join(lines), fontsize=10, parse_math=False)
+
+
+# ----------------------------------------------------------------------------- samples and pages
+
+def output_paths(output, prompts):
+    """One WAV path for each sample: `output` if it ends in .wav, else 0000_words.wav in it."""
+    suffix = Path(output).suffix.lower()
+    if suffix in (".mp3", ".flac", ".ogg", ".m4a", ".aac"):
+        raise UserError(f"--output {output}: only WAV files are written")
+    if suffix == ".wav":
+        if len(prompts) > 1:
+            raise UserError(f"--output {output} is one file, for {len(prompts)} samples")
+        return [Path(output)]
+    words = [re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") for prompt in prompts]
+    return [Path(output, f"{i:04d}_{word or 'prompt'}.wav") for i, word in enumerate(words)]
+
+
+def place_of(path, record):
+    """(path, whether this very sample is there): path_2, path_3, ... where another one is.
+
+    record: all that a sample depends on, which stands beside its WAV as JSON.
+    """
+    for number in itertools.count(1):
+        place = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+        about = place.with_suffix(".json")
+        if not place.exists():
+            return place, False
+        if about.is_file() and read_json(about) == record:
+            print(f"{place} is there already, of the same settings and code")
+            return place, True
+
+
+def write_clips(out, column, clips, asked, rate, count=8):
+    """Write the first clips (N, samples) as WAVs into out/listen -> their paths."""
+    paths = [Path(out) / "listen" / f"{i:02d}_{column}.wav" for i in range(min(count, len(asked)))]
+    for path, clip, each in zip(paths, clips, asked):
+        write_wav(path, clip[None, :int(each.duration * rate)], rate)
+    return paths
+
+
+def listening_page(out, columns, prompts, title="The same prompts side by side"):
+    """out/listen.html: a row a prompt, a column for each {name: [paths of WAV files]}."""
+    lines = [f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1>",
+             "<table border=1 cellpadding=6><tr><th>prompt"]
+    lines += [f"<th>{html.escape(name)}" for name in columns]
+    for prompt, *paths in zip(prompts, *columns.values()):
+        lines.append(f"<tr><td>{html.escape(prompt)}")
+        for path in paths:
+            source = html.escape(os.path.relpath(path, out))
+            lines.append(f'<td><audio controls src="{source}"></audio>')
+    write_text(Path(out) / "listen.html", "\n".join(lines))
 
 
 # ----------------------------------------------------------------------------- CLAP's front end

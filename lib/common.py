@@ -8,19 +8,24 @@ Nothing here knows about audio or models. Skip it at a first reading.
 """
 import argparse
 import contextlib
+import errno
+import functools
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import sys
-import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
+fcntl = importlib.util.find_spec("fcntl") and importlib.import_module("fcntl")  # not on Windows
 HERE = Path(__file__).resolve().parents[1]                  # the repository
 BASE = HERE / "checkpoints" / "toy" / "base"
 ALIGNED = HERE / "checkpoints" / "toy" / "aligned"          # what sample.py takes by default
@@ -48,17 +53,54 @@ def reading(path, remedy="download or write it again"):
 
 
 def run_main(main):
-    """Call a script's `main()`; a UserError ends in one line and exit code 2, Ctrl-C in 130."""
+    """Call a script's `main()`. What the user can mend ends in one line and exit code 2 (--debug:
+    a traceback), a reader of stdout that went away in 1, Ctrl-C in 130."""
+    with contextlib.suppress(AttributeError):               # there may be no stdout
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
-    except UserError as error:
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
+    except KeyboardInterrupt as error:
+        print("; ".join(["stopped", *error.args]), file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # a full stdout fails no second time
+        if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", text):
+            text = f"not enough memory: {text}; ask for less at a time"
+        elif not isinstance(error, (UserError, OSError)):
+            raise
         if "--debug" in sys.argv:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """Around a loop that saves: yield a list that the first Ctrl-C or SIGTERM fills; a second one
+    stops at once. After such a block KeyboardInterrupt. Not in the main thread: nothing of it."""
+    caught = []
+    def catch(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        os.write(2, b"\nstopping after this step; again: at once\n")    # print may be at work
+    here = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGINT, signal.SIGTERM] * here
+    old = {number: signal.signal(number, catch) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if caught:
+        raise KeyboardInterrupt("the same command goes on")
 
 
 def warn(message):
@@ -161,7 +203,7 @@ DTYPE = flag("--dtype", "auto", "precision of matrix products; auto: bfloat16 wh
              "multiplies in it (official code: float32)", choices=["auto", "float32", "bfloat16"])
 
 
-# ------------------------------------------------------------- device, precision, processes
+# ----------------------------------------------------------------------- device, precision
 
 def choose_device(name="auto", quiet=False):
     """"auto" takes cuda, then mps, then cpu, and prints it. UserError: `name` is not there."""
@@ -219,34 +261,6 @@ def side_by_side(function, pieces, device):
         torch.set_num_threads(threads)
 
 
-def start_ranks(device_name):
-    """(rank, ranks, device) of one process, or of several that torchrun started."""
-    rank = int(os.environ.get("RANK", 0))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(device_name, quiet=rank > 0)
-    if ranks == 1:
-        return rank, ranks, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
-    return rank, ranks, device
-
-
-def wait_for_ranks(ranks):
-    if ranks > 1:
-        torch.distributed.barrier()
-
-
-def mean_over_ranks(tensors, ranks):
-    """Replace each tensor by its mean over the processes."""
-    if ranks > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-            tensor /= ranks
-
-
 # ----------------------------------------------------------------------------- randomness
 
 def derive_seed(*parts):
@@ -262,29 +276,59 @@ def generator(*parts):
 
 # ----------------------------------------------------------------------------- files
 
-def temporary_beside(path):
-    """A new file in the folder of `path`, which is made. Raises UserError."""
+@contextlib.contextmanager
+def folder_for(path):
+    """In the block there is the folder of a file; made for it and still empty, it goes again."""
+    new = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}.", path.parent)
+        yield
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):      # it has gone, or holds something
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def writing(path, temporary=None):
+    """An OSError in the block becomes a UserError that names the file `path`; so do those that
+    safetensors and torch do not raise as such while they write `temporary`."""
+    try:
+        try:
+            yield
+        except Exception as error:
+            if code := re.search(r"os error (\d+)", str(error)):        # safetensors' words
+                raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+            if isinstance(error, RuntimeError) and temporary:   # torch's: this write fails alike
+                with open(temporary, "ab") as file:
+                    file.write(bytes(1 << 20))
+            raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
-    os.close(handle)
-    return Path(temporary)
+        reason = f"cannot write {path}: {error.strerror}; choose another place"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            there = next(filter(os.path.exists, Path(path).absolute().parents))
+            size = os.path.getsize(temporary) if temporary and temporary.exists() else 0
+            size = (size + shutil.disk_usage(there).free) / 1e6
+            reason = f"no space left writing {path} (needs more than {size:.2f} MB)"
+        raise UserError(reason) from error
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path that replaces `path` when the block ends well: no torn files."""
-    temporary = temporary_beside(Path(path))
-    try:
-        yield temporary
-        temporary.chmod(0o644)          # mkstemp and safetensors let only the owner read
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yield a temporary path that replaces `path` when the block ends well: no torn file, no
+    temporary one, no empty folder is left. Raises UserError."""
+    path = Path(path)
+    # in a folder, because safetensors makes a temporary file of its own
+    temporary = path.with_name(f".{path.name}.writing") / path.name
+    shutil.rmtree(temporary.parent, ignore_errors=True)     # of a killed run
+    with writing(path), folder_for(temporary):
+        try:
+            with writing(path, temporary):
+                yield temporary
+                temporary.chmod(0o644)                      # safetensors lets only the owner read
+                temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary.parent, ignore_errors=True)
 
 
 def check_writable(*paths):
@@ -292,11 +336,34 @@ def check_writable(*paths):
     for path in map(Path, paths):
         if os.path.isdir(path):
             raise UserError(f"cannot write {path}: it is a folder; choose another output")
-        new = [folder for folder in path.parents if not os.path.exists(folder)]
-        temporary_beside(path).unlink()
-        with contextlib.suppress(OSError):      # another process may have put something in
-            for folder in new:
-                folder.rmdir()
+        with contextlib.suppress(EOFError), atomic_path(path):
+            raise EOFError                                  # so that nothing is written
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """In the block no other process has the folder, which is made; UserError: one has. A lock dies
+    with its process. Of torchrun's processes the first one locks."""
+    if fcntl is None or int(os.environ.get("RANK", 0)) > 0:
+        yield
+        return
+    path = Path(folder) / ".lock"
+    check_writable(path)
+    with folder_for(path), open(path, "a") as file:
+        os.register_at_fork(after_in_child=file.close)      # a worker may outlive a killed run
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait for it, or choose another folder"
+            raise UserError(f"{folder} is in use by another process; {remedy}") from None
+        if os.path.exists(path) and os.path.samefile(path, file.fileno()):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+    with locked(folder):                # the file was removed by the process that had it: again
+        yield
 
 
 def write_text(path, text):
@@ -319,7 +386,7 @@ def read_json(path, kind=object):
 
 def append_jsonl(path, row):
     """Append a JSON object as a line; a kill leaves at most a torn last line (see read_jsonl)."""
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), folder_for(Path(path)), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -351,15 +418,27 @@ def file_hash(path):
     return digest.hexdigest()
 
 
+@functools.cache
+def code_hash():
+    """A short hash of this repository's code: what other code kept is not taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted([*HERE.glob("*.py"), *HERE.glob("lib/*.py"), *HERE.glob("world/*.py")]):
+        digest.update(path.relative_to(HERE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def settings_key(settings):
     """One short word for a dict of settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_settings(place, started, wanted):
-    """UserError if the run in `place` had other settings; names that only one has pass."""
+    """UserError if the run in `place` had other settings; names that only one has pass, and another
+    code_hash() as "code" is but a warning."""
     for name, value in json.loads(json.dumps(wanted)).items():
-        if name in started and started[name] != value:
+        if name == "code" and started.get(name, value) != value:
+            warn(f"the run in {place} was begun by other code, and goes on by this one")
+        elif name in started and started[name] != value:
             raise UserError(f"the run in {place} was started with {name} = {started[name]}, now it "
                             f"is {value}; give the same flags to go on, or another --out")
 
@@ -417,16 +496,3 @@ def picture(path, width=6.4, height=4.8, columns=1):
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     print(f"wrote {path}")
-
-
-def draw_log(out, panels, name="loss.png"):
-    """Draw out/log.jsonl: a panel for each (title, "log" or "linear", {label: key of a row})."""
-    rows = read_jsonl(Path(out) / "log.jsonl")
-    with picture(Path(out) / name, 5.5, 4, len(panels)) as axes:
-        for axis, (title, scale, curves) in zip(axes or [], panels):
-            for label, key in curves.items():
-                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                if points:
-                    axis.plot(*zip(*points), label=label)
-                    axis.legend()
-            axis.set(title=title, xlabel="step", yscale=scale)

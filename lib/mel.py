@@ -60,6 +60,13 @@ class LogMel(Module):
         mel = (magnitude @ self.filters).clamp(min=FLOOR).mT        # (B, M, F)
         return mel.log() if self.natural else mel.log10()
 
+    def full_scale(self):
+        """(M, 1): the log-mel of the loudest sine within [-1, 1] in each band."""
+        # its spectrum under a Hann window: three bins, 1/2, 1, 1/2
+        lobes = self.filters + (self.filters.roll(1, 0) + self.filters.roll(-1, 0)) / 2
+        loudest = lobes.amax(0)[:, None] * self.window.sum() / 2
+        return loudest.log() if self.natural else loudest.log10()
+
     def stft(self, audio):
         """Padded audio (B, (F - 1) hop + n_fft) -> spectrum (B, F, K)."""
         frames = audio.unfold(1, self.n_fft, self.hop)              # (B, F, n_fft)
@@ -141,7 +148,7 @@ def invert_mel(log_mel, mel, iterations, mel_steps):
             magnitude = fit_to_mel(between, target, mel)
         previous = rebuilt
     audio = mel.inverse_stft(magnitude * phase) / overlap           # (B, padded)
-    return audio[:, mel.padding:-mel.padding].clamp(-1, 1)
+    return audio[:, mel.padding:-mel.padding]
 
 
 # ----------------------------------------------------------------------------- layers
@@ -351,7 +358,9 @@ class MelVAE(Module):
 
     def decode(self, latents, frames=None):
         """Raw latents (B, L, C) -> audio (B, 1, L hop); frames: only the first of them."""
-        audio = griffin_lim(self.decode_mel(latents), self.mel)[:, None]
+        # guided latents can ask for bands 40 dB above all that fits into [-1, 1]
+        log_mel = self.decode_mel(latents).minimum(self.mel.full_scale())
+        audio = griffin_lim(log_mel, self.mel)[:, None]
         return audio if frames is None else audio[..., :frames * self.hop]
 
     def log_mel(self, audio):

@@ -1,4 +1,4 @@
-"""Text: a T5 encoder with its tokenizer, and the toy's; what a velocity is conditioned on.
+"""Text: a T5 encoder with its tokenizer, and the toy's; tables; what a velocity is conditioned on.
 
     encoder = TextEncoder.load("checkpoints/toy/base/text_encoder")
     ids, mask = encoder.tokenize(["a violin followed by rain"])
@@ -6,9 +6,15 @@
 
 Letters: B batch, S text tokens, T width of the text encoder.
 """
+import csv
+import difflib
+import io
+import json
 import math
+import os
 import re
 import string
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from lib.common import UserError, read_json, reading, warn, write_json, write_text
+from lib.audio import usable
+from lib.common import UserError, markdown, read_json, reading, warn, write_json, write_text
 from lib.weights import (check_finite, empty, fetch, find_weights, load_weights, model_folder,
                          resolve, save_tensors)
 
@@ -121,16 +128,27 @@ def load_text(folder, config, weights, dtype):
 
 
 def warn_of_unknown_words(text, prompts, sounds):
-    """One warning for all words that the toy's tokenizer has no piece for (it spells them)."""
+    """One warning for all words that the toy's tokenizer has no piece for (it spells them),
+    the nearest that it has, and the prompts that they stand in."""
     tokenizer = text.tokenizer
     tokenizer.no_truncation()
     spelling = {UNKNOWN, *map(tokenizer.token_to_id, BYTES)}
-    words = sorted(set(re.findall(WORD, well_formed(" ".join(prompts)))))
-    encodings = tokenizer.encode_batch(words, add_special_tokens=False)
-    unknown = [word[:40] for word, pieces in zip(words, encodings) if spelling & set(pieces.ids)]
-    if unknown:
-        warn(f"this model has no words for: {', '.join(unknown[:8])}. The bundled one knows these "
-             f"sounds: {', '.join(sounds)}. For all else: --checkpoint declare-lab/TangoFlux")
+    known = [piece.lstrip("▁") for piece in tokenizer.get_vocab() if len(piece) > 3]
+    unknown, shown = {}, []                             # {word: the first prompt that holds it}
+    for prompt in map(well_formed, prompts):
+        words = re.findall(WORD, prompt)
+        for word, pieces in zip(words, tokenizer.encode_batch(words, add_special_tokens=False)):
+            if spelling & set(pieces.ids):
+                unknown.setdefault(word, prompt)
+    words = sorted(unknown)[:8]
+    holders = [f'"{prompt[:80]}"' for prompt in dict.fromkeys(map(unknown.get, words))]
+    for word in words:
+        near = difflib.get_close_matches(word.lower(), known, 1, 0.75)
+        shown.append(f"{word[:40]} (did you mean {near[0]}?)" if near else word[:40])
+    if shown:
+        warn(f"this model has no words for: {', '.join(shown)}. They stand in "
+             f"{', '.join(holders)}. The bundled one knows these sounds: {', '.join(sounds)}. "
+             "For all else: --checkpoint declare-lab/TangoFlux")
 
 
 def well_formed(prompt):
@@ -161,6 +179,75 @@ def read_tokenizer(folder):
             return Tokenizer.from_file(str(path))
         from transformers import AutoTokenizer
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+
+
+# ----------------------------------------------------------------------------- tables of captions
+
+# hundreds of digits become infinity, which no column takes: Python refuses some thousands
+read_object = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) < 300 else float(n)).decode
+
+
+def next_row(table):
+    """The next row of a csv.DictReader, None at its end; in the place of a torn row its error."""
+    try:
+        return next(table, None)
+    except csv.Error as error:
+        return error
+
+
+def read_row(named):
+    """(its name, a row as a dict, JSON or csv.Error) -> the dict. Raises UserError."""
+    name, row = named
+    with reading(name, "mend or delete it"):
+        if isinstance(row, Exception):
+            raise row
+        row = read_object(row) if isinstance(row, str) else row
+        if not isinstance(row, dict) or None in row:    # None: csv's mark of too many fields
+            raise ValueError("it is no object, or longer than the header (quote its commas)")
+        json.dumps(row, ensure_ascii=False).encode()    # fails on half a character (a surrogate)
+        return row
+
+
+def read_table(path):
+    """[(its name, row)] of a .csv file, of JSON (a list, or an object a line), or of a .txt file
+    with a prompt a line. Bad rows are named and counted. Raises UserError."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".jsonl", ".json", ".csv", ".txt"):
+        raise UserError(f"{path} must be a .jsonl, .json or .csv file, or .txt with prompts")
+    with reading(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no file")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if suffix == ".csv":
+            table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            rows = table.fieldnames and list(iter(partial(next_row, table), None))
+        elif suffix == ".txt":
+            rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
+        elif text.lstrip().startswith("["):
+            rows = read_object(text)
+            rows = [row if isinstance(row, dict) else [row] for row in rows]
+        else:
+            rows = map(str.strip, text.split("\n"))
+    named = [(f"{path} row {i}", row) for i, row in enumerate(rows or [], 1) if row != ""]
+    if not named:
+        raise UserError(f"{path} holds no rows; write a JSON object or CSV line per clip")
+    return [(name, row) for (name, _), row in usable(named, read_row, f"rows of {path}")]
+
+
+def number(value, digits, sign=""):
+    """A number of a table, "-" for NaN; never "-0.000"."""
+    return "-" if value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def tables(heads, rows, width=100):
+    """A Markdown table; if it is wider than `width`, its halves, each with the first column."""
+    table = markdown(heads, rows)
+    if len(heads) < 3 or table.index("\n") <= width:
+        return table
+    middle = len(heads) // 2 + 1
+    left = tables(heads[:middle], [row[:middle] for row in rows], width)
+    rest = [row[:1] + row[middle:] for row in rows]
+    return f"{left}\n\n{tables(heads[:1] + heads[middle:], rest, width)}"
 
 
 # ----------------------------------------------------------------------------- the toy encoder

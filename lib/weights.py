@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib.common import (UserError, atomic_path, check_settings, fast_bfloat16, file_hash,
-                        read_json, read_jsonl, reading, write_jsonl)
+from lib.common import (UserError, atomic_path, check_settings, choose_device, code_hash,
+                        fast_bfloat16, file_hash, picture, read_json, read_jsonl, reading,
+                        write_jsonl)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # what other projects call a file
@@ -91,12 +93,10 @@ def find_weights(folder, name):
     raise UserError(f"{path} is missing; pass a whole model folder")
 
 
-@torch.no_grad()
-def load_weights(module, weights, optional=()):
-    """Copy `weights` into `module`, cast to its dtype, one at a time. `optional`: names that either
-    may lack. Raises UserError listing the other names and shapes that differ."""
-    own = module.state_dict()
-    here = {name: tuple(tensor.shape) for name, tensor in own.items()}
+def fitting(module, weights, optional=()):
+    """The names `weights` has for `module`, which may be on the meta device: all but `optional` ones
+    that either lacks. Raises UserError listing the other names and shapes that differ."""
+    here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     there = dict(weights.shapes)
     for name in set(optional) - (here.keys() & there.keys()):
         here.pop(name, None)
@@ -109,8 +109,18 @@ def load_weights(module, weights, optional=()):
     if problems:
         first = "; ".join(problems[:6])
         raise UserError(f"{weights.what} does not fit its config in {len(problems)} names: {first}")
-    for name in here:
+    return list(here)
+
+
+@torch.no_grad()
+def load_weights(module, weights, optional=(), dtype=None):
+    """Copy `weights` into `module`, cast to its dtype, one at a time -> the module. One on the meta
+    device gets memory, in `dtype`, once all are known to be `fitting`. Raises UserError."""
+    names = fitting(module, weights, optional)
+    own = (empty(module, dtype) if dtype else module).state_dict()
+    for name in names:
         own[name].copy_(weights[name])
+    return module
 
 
 def empty(module, dtype=torch.float32):
@@ -181,6 +191,9 @@ def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
 def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
     """A local model folder as it is; else, of owner/name on the hub, its `files`. UserError."""
     folder = Path(name)
+    inside = sorted(folder.glob("*_[0-9]/tangoflux.safetensors"))
+    if inside and not (folder / "tangoflux.safetensors").exists():
+        raise UserError(f"{folder} is a run, not a model: take {inside[-1].parent}")
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():
@@ -219,7 +232,7 @@ def links(policy, folder):
 def policy_hash(folder):
     """What scores.jsonl calls a model: the hash of its flow's weights; UserError if it has none."""
     path = resolve(model_folder(folder), "flow")[0] / "tangoflux.safetensors"
-    with reading(path, "of a run of crpo.py pass an iteration_1, iteration_2, ..."):
+    with reading(path):
         return f"sha256:{file_hash(path)[:16]}"
 
 
@@ -279,6 +292,10 @@ class Together(list):
     def param_groups(self):
         return [group for part in self for group in part.param_groups]
 
+    @property
+    def state(self):
+        return {p: moments for part in self for p, moments in part.state.items()}
+
     def zero_grad(self):
         for part in self:
             part.zero_grad()
@@ -330,6 +347,36 @@ def set_rate(optimizer, rate):
         group["lr"] = rate * group.get("scale", 1.0)
 
 
+# ----------------------------------------------------------------------------- processes
+
+def start_ranks(device_name):
+    """(rank, ranks, device) of one process, or of several that torchrun started."""
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device_name, quiet=rank > 0)
+    if ranks == 1:
+        return rank, ranks, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+    return rank, ranks, device
+
+
+def wait_for_ranks(ranks):
+    if ranks > 1:
+        torch.distributed.barrier()
+
+
+def mean_over_ranks(tensors, ranks):
+    """Replace each tensor by its mean over the processes."""
+    if ranks > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= ranks
+
+
 # ----------------------------------------------------------------------------- averages
 
 @torch.no_grad()
@@ -376,6 +423,9 @@ def update_averages(averages, parameters, step, ema):
 def copy_weights(parameters, tensors):
     """Put `tensors` {name: tensor} into the parameters of the same names."""
     for name, parameter in parameters.items():
+        kinds = [(tuple(each.shape), each.dtype) for each in (parameter, tensors[name])]
+        if kinds[0] != kinds[1]:                    # copy_ would broadcast and cast
+            raise ValueError(f"{name} is {kinds[1]}, expected {kinds[0]}")
         parameter.copy_(tensors[name])
 
 
@@ -397,7 +447,8 @@ def save_state(out, parameters, optimizer, average, step, settings, minutes):
     generator, because whatever a step draws follows from (seed, step)."""
     weights = {name: p.detach() for name, p in parameters.items()}
     state = {"step": step, "weights": weights, "average": average, "minutes": minutes,
-             "optimizer": optimizer.state_dict(), "settings": json.dumps(settings)}
+             "optimizer": optimizer.state_dict(),
+             "settings": json.dumps({**settings, "code": code_hash()})}
     with atomic_path(Path(out) / "state.pt") as temporary:
         torch.save(state, temporary)
 
@@ -413,18 +464,35 @@ def load_state(out, parameters, optimizer, average, settings, product="tangoflux
     with reading(path, "delete it to start anew, or choose another --out"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights = state.get("weights") or state["tagger"]       # a tagger of the first edition
-        check_settings(out, dict(json.loads(state.get("settings", "{}"))), settings)
-        for name, tensor in weights.items():
-            if tensor.shape != parameters[name].shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}")
+        started = json.loads(state.get("settings", "{}"))
+        check_settings(out, started, {**settings, "code": code_hash()})
         copy_weights(parameters, weights)
         copy_weights(average, state.get("average", {}))
         optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state.get("minutes", 0.0)
+        for parameter, moments in optimizer.state.items():
+            shapes = {moment.shape for moment in moments.values() if moment.ndim}
+            if shapes - {parameter.shape}:
+                raise ValueError("the optimizer's moments have other shapes than its weights")
+        return int(state["step"]), state.get("minutes", 0.0)
 
 
 def trim_log(out, step):
     """Drop the lines of log.jsonl that a killed run wrote after its last saved step."""
     path = Path(out) / "log.jsonl"
-    rows = read_jsonl(path) if path.is_file() else []
-    write_jsonl(path, [row for row in rows if row["step"] <= step])
+    if path.is_file():
+        with reading(path):
+            rows = [row for row in read_jsonl(path) if row["step"] <= step]
+        write_jsonl(path, rows)
+
+
+def draw_log(out, panels, name="loss.png"):
+    """Draw out/log.jsonl: a panel for each (title, "log" or "linear", {label: key of a row})."""
+    rows = read_jsonl(Path(out) / "log.jsonl")
+    with picture(Path(out) / name, 5.5, 4, len(panels)) as axes:
+        for axis, (title, scale, curves) in zip(axes or [], panels):
+            for label, key in curves.items():
+                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+                if points:
+                    axis.plot(*zip(*points), label=label)
+                    axis.legend()
+            axis.set(title=title, xlabel="step", yscale=scale)

@@ -1,15 +1,18 @@
 """CRPO: losses against the official numbers, the stages, exact resume, that a preference is learned."""
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, kill_at, refused, relative_error, same_file, small_judges
+from test_train_fm import stop_in_step
 
 import crpo
 from crpo import Loss, Optimisation, crpo_loss, dpo_fm_loss, four_errors
 from lib.audio import write_wav
-from lib.common import UserError, generator, parse_flags, pick, read_json, read_jsonl
+from lib.common import UserError, generator, locked, parse_flags, pick, read_json, read_jsonl, write_json
 from lib.text import Condition
 from lib.weights import load_tensors, save_tensors, trainable
 from model import TangoFlux, load_model
@@ -159,8 +162,41 @@ def test_the_loop_leaves_what_it_says(whole):
                                Sampling(steps=2))
         assert torch.allclose(again[0], latents[7], atol=1e-4)
         assert row["index"] == 7 and row["checkpoint"] == crpo.policy_hash(maker) and row["seed"] == k
-    with pytest.raises(UserError, match="tangoflux.safetensors is missing"):
+    with pytest.raises(UserError, match="is a run, not a model: take .*iteration_2$"):
         crpo.policy_hash(str(out))                                              # a run, and no model
+
+
+def test_a_signal_saves_and_the_optimisation_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    loss, how = settings(epochs=3)
+    train = [partial(crpo.optimise, tmp_path / name, MODEL, *opposite_sides(0), loss, how, 0, "report", CPU)
+             for name in ("whole", "parts")]
+    whole = train[0]()
+    stop_in_step(monkeypatch, crpo, 4, train[1])
+    assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 4
+    assert not (tmp_path / "parts" / "tangoflux.safetensors").exists()
+    assert train[1]() == whole
+    assert same_file(*(tmp_path / name / "tangoflux.safetensors" for name in ("whole", "parts")))
+
+
+def test_one_process_in_a_folder_that_is_gone_after_wrong_input(claps, tmp_path, monkeypatch):
+    with locked(tmp_path / "x"):
+        refused("x is in use by another process", run, claps, tmp_path / "x")
+    for more, message in (({"score": 1.0}, "--score needs a model with a score head"),
+                          ({"prompts": 41}, "more than the 40 of the pool")):
+        refused(message, run, claps, tmp_path / "x", **more)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("one process: start it by python", run, claps, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_code_in_the_middle_of_a_run_is_said(tmp_path, capsys):
+    flags = parse_flags("", crpo.FLAGS, [], {})
+    for kept, said in (({}, False), ({"code": "other"}, True)):
+        write_json(tmp_path / "config.json", {**kept, "noise": "x"})
+        crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
+        assert ("begun by other code" in capsys.readouterr().err) == said
+    crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
+    assert capsys.readouterr().err == ""                                        # once
 
 
 def test_every_trained_tensor_moves_and_nothing_else(whole):
@@ -249,7 +285,7 @@ def test_wrong_input_is_one_line(claps, whole, tmp_path):
 
 def test_alarms_name_the_known_failures():
     losses = {"winner": 0.2, "reference_winner": 0.2, "accuracy": 0.99}
-    before, better, fooled = ({name: np.full(3, value) for name, value in zip(("reward", "judge"), pair)}
+    before, better, fooled = ({name: np.full(8, value) for name, value in zip(("reward", "judge"), pair)}
                               for pair in ((0.5, 0.5), (0.6, 0.6), (0.6, 0.4)))
     assert crpo.alarms("iteration 1", losses, before, better) == []
     lines = crpo.alarms("iteration 1", {**losses, "winner": 0.25}, before, fooled)

@@ -56,7 +56,8 @@ def arrays(rng, number, gain):
     right = [COLUMNS.index(name) for name in ("order_right", "counts_right", "exact")]
     tally[:, right] = rng.random((number, 1)) < 0.5 + gain
     return {"reward": rng.random(number) + gain, "judge": rng.random(number) + gain, "tally": tally,
-            "features": rng.standard_normal((number, 4)) * (2 - gain), "logits": rng.standard_normal((number, 5))}
+            "features": rng.standard_normal((number, 4)) * (2 - gain), "logits": rng.standard_normal((number, 5)),
+            "silent": rng.random(number) < 0.5 - gain}
 
 
 def test_gains_have_the_right_sign_and_pool_seeds():
@@ -111,7 +112,7 @@ def place(tmp_path_factory):
 def run(place, out, *more):
     """The command; the numbers and the text that it writes."""
     flags = ["--reward", place / "reward", "--judge", place / "judge", "--tagger", place, "--against", place / "a",
-             "--prompts", 5, "--steps", 2, "--draws", 20, "--cache", place / "cache", "--out", out, "--device", "cpu"]
+             "--prompts", 8, "--steps", 2, "--draws", 20, "--cache", place / "cache", "--out", out, "--device", "cpu"]
     evaluate.main([str(flag) for flag in (*flags, *more)])
     return json.loads(next(out.glob("*.json")).read_text()), next(out.glob("*.md")).read_text()
 
@@ -121,11 +122,11 @@ def test_judged_sets_are_kept(place, tmp_path):
     clips, scenes = evaluate.render_clips(World("test"), range(3))
     first = evaluate.judged(tmp_path / "x.safetensors", judges, lambda: clips, scenes)
     again = evaluate.judged(tmp_path / "x.safetensors", None, None, None)
-    assert first.keys() == again.keys() == {"reward", "judge", "tally", "features", "logits"}
+    assert first.keys() == again.keys() == {"reward", "judge", "silent", "tally", "features", "logits"}
     assert all(np.array_equal(first[name], again[name]) for name in first)
     plain = [evaluate.Asked(scene.prompt, scene.duration) for scene in scenes]
     outside = judges.judge(clips, plain)
-    assert outside.keys() == {"reward", "judge", "features"} and np.array_equal(outside["judge"], first["judge"])
+    assert outside.keys() == {"reward", "judge", "silent", "features"} and np.array_equal(outside["judge"], first["judge"])
     assert outside["features"].shape != first["features"].shape                              # CLAP's, not the tagger's
 
 
@@ -153,20 +154,20 @@ def test_models_side_by_side_on_the_world(place, tmp_path, capsys):
     numbers, text = run(place, tmp_path, "--checkpoint", place / "b", place / "c")
     for name in ("b", "c"):
         change = numbers[f"{place / name} against {place / 'a'}"]
-        assert len(change) == 7 and change["reward"][1] <= change["reward"][0] <= change["reward"][2]
+        assert len(change) == 8 and change["reward"][1] <= change["reward"][0] <= change["reward"][2]
     assert "all 2 pooled" in text and "python evaluate.py --reward" in text and not re.search(r"-0\.0+\b", text)
     assert numbers["real"]["frechet"] == pytest.approx(0, abs=1e-6)
     assert "next: " in capsys.readouterr().out
 
 
 def test_clips_that_exist_answer_the_prompts_of_the_world(place, tmp_path):
-    audios, scenes = evaluate.render_clips(World("test", pairs="unseen"), range(5))
-    for i in range(5):
+    audios, scenes = evaluate.render_clips(World("test", pairs="unseen"), range(8))
+    for i in range(8):
         write_wav(tmp_path / "mine" / f"{i}.wav", audios[i:i + 1], SAMPLE_RATE)
     numbers, _ = run(place, tmp_path, "--checkpoint", "--clips", tmp_path / "mine")
     assert [row["prompt"] for row in read_jsonl(tmp_path / "prompts.jsonl")] == [scene.prompt for scene in scenes]
     assert numbers[str(tmp_path / "mine")]["f1"] == pytest.approx(numbers["real"]["f1"], abs=0.05)
-    refused("holds 5 sounds for 6 prompts", evaluate.folder_rows, tmp_path / "mine", 6)
+    refused("holds 8 sounds for 9 prompts", evaluate.folder_clips, tmp_path / "mine", 9, 16000, 65536)
 
 
 def test_a_manifest_brings_prompts_and_reference(place, tmp_path):
@@ -176,7 +177,9 @@ def test_a_manifest_brings_prompts_and_reference(place, tmp_path):
     write_jsonl(tmp_path / "mine.jsonl", [{"audio": f"{i}.wav", "caption": scene.prompt, "duration": scene.duration}
                                           for i, scene in enumerate(scenes)])
     numbers, text = run(place, tmp_path / "out", "--checkpoint", place / "b", "--data", tmp_path / "mine.jsonl")
-    assert numbers["real"].keys() == {"reward", "judge", "frechet"} == numbers[f"{place}/b against {place}/a"].keys()
+    assert numbers["real"].keys() == {"reward", "judge", "frechet", "silent"}
+    change = numbers[f"{place}/b against {place}/a"]
+    assert change.keys() == numbers["real"].keys() and all(math.isnan(each[1]) for each in change.values())  # 4 prompts
     assert "4 prompts of" in text and "event F1" not in text and (tmp_path / "out" / "mine.md").is_file()
 
 

@@ -9,7 +9,7 @@ import expert_iteration
 import reward
 import train_fm
 from expert_iteration import best_places, z_blend
-from lib.common import parse_flags, pick, read_json, read_jsonl
+from lib.common import derive_seed, locked, parse_flags, pick, read_json, read_jsonl
 from lib.weights import load_tensors
 from model import load_model
 
@@ -65,7 +65,7 @@ def test_a_round_leaves_what_it_says(whole):
         folder = out / f"round_{k}"
         assert all((folder / name).is_file() for name in PRODUCTS)
         rows, kept = read_jsonl(folder / "scores.jsonl"), read_jsonl(folder / "experts.jsonl")
-        assert len(rows) == 8 and len(kept) == 3
+        assert len(rows) == 8 and len(kept) == 3 and rows[0]["seed"] == derive_seed(0, "round", k) % 2 ** 40
         assert [row["index"] for row in kept] == [row["index"] for row in sorted(rows, key=lambda r: -r["blend"])[:3]]
         latents, experts = (load_tensors(folder / f"{at}.safetensors")["latents"] for at in ("candidates", "experts"))
         for row, latent in zip(kept, experts):
@@ -117,3 +117,9 @@ def test_stage_3_runs_v1_weights_as_v2(chain, whole, tmp_path):
 def test_wrong_input_is_one_line(chain, whole, monkeypatch, more, what):
     monkeypatch.chdir(chain)                                                            # where `whole` is
     refused(what, run, chain, **{"out": "out", **more})
+    assert not (chain / "out").exists()
+
+
+def test_one_process_in_a_folder(chain, tmp_path):
+    with locked(tmp_path / "x"):
+        refused("x is in use by another process", run, chain, tmp_path / "x")

@@ -187,9 +187,10 @@ class Goldens:
         full_size.random_folder("tiny", **TINY_OFFICIAL)
         args, prompts = parse_flags("", sample.FLAGS, [], sample.PROFILES["official"]), [full_size.PROMPT] * 2
         given, start = ("tiny", prompts, [1.0] * 2, 0, None), sample.official_noise(0, [2], (24, 4))
-        audios, rate = sample.prompts_to_audio(*given, pick(sample.Sampling, args), noise=start, batch_size=2,
-                                               max_text_length=args.max_text_length)
-        return {"audio": torch.stack(audios)[..., ::4], "rate": rate, "profiles": sample.PROFILES,
+        made = sample.prompts_to_audio(*given, pick(sample.Sampling, args), noise=start, batch_size=2,
+                                       max_text_length=args.max_text_length)
+        _, audios, rates = zip(*made)
+        return {"audio": torch.stack(audios)[..., ::4], "rate": rates[0], "profiles": sample.PROFILES,
                 "sampler": {name: getattr(args, name) for name in VALUES["official_profile.sampler"]}}
 
     @torch.no_grad()
@@ -324,7 +325,7 @@ class Goldens:
         losses = codec.losses(image, generator(0))
         return {"mean": mean[:, ::4], "std": std[:, ::4], "mel": image[:, ::4, ::8], "names": list(losses),
                 "losses": list(losses.values()), "decoded": codec.decode_mel(mean)[:, ::4, ::8],
-                "audio": codec.decode(mean)[..., ::64], "normalised": codec.normalise(latents),
+                "audio": mel.griffin_lim(codec.decode_mel(mean), codec.mel)[:, None, ::64].clamp(-1, 1), "normalised": codec.normalise(latents),
                 "denormalised": codec.denormalise(latents)}
 
     def mel_codec_training():

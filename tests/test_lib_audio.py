@@ -1,5 +1,8 @@
 """lib/audio.py: the resampling filter against exact sines, files, cropping, loudness, the picture."""
+import functools
+import itertools
 import math
+import os
 import sys
 
 import numpy as np
@@ -8,6 +11,7 @@ import soundfile
 import torch
 from conftest import noise, refused
 
+from lib.common import UserError
 from lib import audio
 from lib.audio import loudness, main, normalise_loudness, true_peak
 
@@ -65,6 +69,68 @@ def test_read_audio_channels(tmp_path):
     assert mono.shape == (2, 400) and mono[0].equal(mono[1])
     assert audio.read_audio(tmp_path / "five.wav", 16000, 2)[:, 0].tolist() == [0.5, -0.25]
     assert audio.read_audio(tmp_path / "stereo.flac", 44100, 1).shape == (1, math.ceil(400 * 441 / 160))
+
+
+def header(path, place, value):
+    """Overwrite bytes of a file."""
+    content = bytearray(path.read_bytes())
+    content[place:place + len(value)] = value
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seconds", [None, 0.1])
+def test_headers_that_cannot_be_true_are_refused(tmp_path, seconds):
+    """Rates beyond 1 to 768 kHz, more frames than bytes can hold, pipes and devices: before memory is taken."""
+    read, path = functools.partial(audio.read_audio, seconds=seconds), tmp_path / "a.wav"
+    for rate, good in ((999, False), (1000, True), (768_000, True), (768_001, False), (99_999_989, False),
+                       (2 ** 31 - 1, False)):
+        audio.write_wav(path, torch.full((1, 3000), 0.5), 16000)
+        header(path, 24, rate.to_bytes(4, "little"))
+        if good:
+            assert read(path, 16000, 1).numel()
+        else:
+            refused(f"a.wav cannot be used: its header says {rate} Hz", read, path, 16000, 1)
+    flac = tmp_path / "a.flac"
+    soundfile.write(flac, np.full(16000, 0.5), 16000)
+    header(flac, 8 + 14, (2 ** 32 - 1).to_bytes(4, "big"))          # of 36 bits of STREAMINFO the last 32
+    refused("promises 4294967295 frames, more than it can hold", read, flac, 16000, 1)
+    flac.write_bytes(flac.read_bytes() + bytes(2 ** 19))            # now the file is long enough to be believed
+    refused("a.flac cannot be used", read, flac, 16000, 1)
+    soundfile.write(tmp_path / "zeros.flac", np.zeros(20 * 48000), 48000)       # as dense as a file gets
+    assert read(tmp_path / "zeros.flac", 48000, 1).shape[1] == (20 * 48000 if seconds is None else 9600)
+    os.mkfifo(tmp_path / "fifo.wav")
+    for name, match in (("/dev/zero", "is no file"), (tmp_path / "fifo.wav", "is no file"), (tmp_path, "is no file"),
+                        ("x" * 300, "is missing"), ("a\0b", "is missing")):
+        refused(match, read, name, 16000, 1)
+
+
+def test_the_end_is_tried_before_a_whole_file_is_read(tmp_path, monkeypatch):
+    """A FLAC may promise 16 GB in a few MB: the memory is taken only once its last frame was there."""
+    flac, asked = tmp_path / "a.flac", []
+    soundfile.write(flac, np.random.default_rng(0).standard_normal(48000) * 0.1, 16000)
+    header(flac, 8 + 14, (2 ** 29).to_bytes(4, "big"))
+    original = audio.read_frames
+    monkeypatch.setattr(audio, "read_frames", lambda file, frames: [asked.append(frames), original(file, frames)][1])
+    refused("a.flac cannot be used", audio.read_audio, flac, 16000, 1)
+    assert all(frames == 1 for frames in asked)
+
+
+def test_what_cannot_be_read_is_named_and_counted(capsys):
+    audio.silent_files.clear()
+
+    def read(item):
+        if item % 2:
+            raise UserError(f"{item} is odd")
+        return item / 2
+    assert list(audio.usable(range(60), read, "numbers")) == [(i, i / 2) for i in range(0, 60, 2)]
+    *named, last = capsys.readouterr().err.splitlines()
+    assert named == [f"warning: skipped: {i} is odd" for i in range(1, 40, 2)]         # twenty of them
+    assert last == "warning: 30 of 60 numbers skipped"
+    first = list(itertools.islice(audio.usable([1, 2, 3], read, "numbers"), 1))         # who stops early is told, too
+    assert first == [(2, 1)] and "1 is odd" in capsys.readouterr().err
+    refused("the 2 numbers cannot be used: 1 is odd", list, audio.usable([1, 3], read, "numbers"))
+    assert list(audio.usable([], read, "numbers")) == []
+    assert list(audio.usable([2], read, "numbers")) == [(2, 1)] and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("crop", ["center", "start"])
@@ -143,6 +209,9 @@ def test_pyloudnorm_levels_files_beside_their_originals(tmp_path, capsys, monkey
     assert "-20.0 LUFS" in capsys.readouterr().out
     refused("a.wav is there already", main, ["a.wav", "--out", "."])
     refused("b.wav is missing", main, ["b.wav", "--out", "x"])
+    (tmp_path / "broken.wav").write_bytes(b"RIFF no sound")
+    refused("broken.wav cannot be used", main, ["broken.wav", "--out", "new/x"])
+    (tmp_path / "broken.wav").unlink()
     monkeypatch.setitem(sys.modules, "pyloudnorm", None)                                # where it is absent
     refused("pip install py", main, ["a.wav", "--out", "x"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "levelled"]

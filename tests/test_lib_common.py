@@ -1,16 +1,22 @@
 """lib/common.py and lib/weights.py: errors, flags, files, settings, rates, Muon, the state of a run."""
+import errno
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import refused, relative_error
+from conftest import ROOT, refused, relative_error
 
 from lib import common
-from lib.common import (UserError, append_jsonl, atomic_path, check_writable, flag, markdown, parse_commands,
-                        parse_flags, pick, read_json, read_jsonl, reading, relative_to_here, run_main, side_by_side,
-                        whole_blocks, write_jsonl, write_report)
+from lib.common import (UserError, append_jsonl, atomic_path, check_writable, check_settings, code_hash, flag, locked,
+                        markdown, parse_commands, parse_flags, pick, read_json, read_jsonl, reading, relative_to_here,
+                        run_main, side_by_side, stop_on_signal, whole_blocks, write_jsonl, write_report)
 from lib.weights import (Muon, find_weights, learning_rate, load_state, load_tensors, load_weights, make_optimizer,
                          model_folder, orthogonal, read_header, resolve, save_module, save_state, save_tensors,
                          set_rate, trim_log)
@@ -60,13 +66,32 @@ def test_whatever_fails_while_reading_names_the_file(error):
 def test_run_main_ends_in_one_line(capsys, monkeypatch):
     def fail(error=UserError("two\nlines")):
         raise error
-    for main, code, said in ((fail, 2, "error: two lines\n"), (lambda: fail(KeyboardInterrupt), 130, "")):
+    for error, code, said in ((UserError("two\nlines"), 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "stopped\n"),
+                              (KeyboardInterrupt("go on"), 130, "stopped; go on\n"),
+                              (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
+                              (MemoryError(), 2, "error: not enough memory: MemoryError; ask for less at a time\n"),
+                              (RuntimeError("can't allocate memory"), 2, "error: not enough memory: can't")):
         with pytest.raises(SystemExit) as ended:
-            run_main(main)
-        assert ended.value.code == code and said in capsys.readouterr().err
+            run_main(lambda: fail(error))
+        assert ended.value.code == code and capsys.readouterr().err.startswith(said)
+    with pytest.raises(RuntimeError, match="of the program"):       # no fault of the user's is hidden
+        run_main(lambda: fail(RuntimeError("a fault of the program")))
     monkeypatch.setattr("sys.argv", ["x.py", "--debug"])
-    with pytest.raises(UserError):
-        run_main(fail)
+    for error in (UserError("x"), MemoryError(), FileNotFoundError(2, "No such file", "x")):
+        with pytest.raises(type(error)):
+            run_main(lambda: fail(error))
+
+
+@pytest.mark.parametrize("output, code, said", [("| head -n 1", 1, ""), ("> /dev/full", 2, "error: [Errno 28]"),
+                                                ("", 0, "")])
+def test_stdout_may_be_full_closed_or_ascii(output, code, said):
+    """A pipe that is read no further ends quietly, a full disk in one line; an accent is escaped."""
+    script = "from lib.common import run_main\nrun_main(lambda: [print('\\u00e9', i) for i in range(20000)])"
+    line = f'"{sys.executable}" -c "$SCRIPT" {output}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "SCRIPT": script, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == code and done.stderr.startswith(said) and len(done.stderr.splitlines()) == bool(said)
+    assert done.stdout.startswith("\\xe9 0\n") or ">" in output
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
@@ -74,12 +99,148 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), atomic_path(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert list(path.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []               # nor a folder made for it
     check_writable(tmp_path / "new" / "folder" / "x")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
     for bad, message in ((".", "is a folder"), ("file/x", "cannot write"), ("x" * 300, "long")):
         refused(message, check_writable, tmp_path / bad)
+
+
+def test_what_a_killed_run_was_writing_goes_when_the_file_is_written(tmp_path):
+    script = ("from pathlib import Path\nfrom lib.common import atomic_path\nwith atomic_path(__import__('sys').argv[1])"
+              " as path: path.write_text('half'), path.with_name('.tmp123').write_text(''), print(flush=True), input()")
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path / "a.txt"], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    other.stdout.readline()
+    other.kill()
+    other.wait()
+    assert [path.name[:3] for path in tmp_path.iterdir()] == [".a."]
+    common.write_text(tmp_path / "a.txt", "whole")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"] and (tmp_path / "a.txt").read_text() == "whole"
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError(errno.EDQUOT, "Quota"),
+                                   Exception("Error while serializing: No space left on device (os error 28)")])
+def test_a_full_disk_is_one_line_whoever_writes(tmp_path, error):
+    with pytest.raises(UserError, match=r"no space left writing .*a.pt \(needs more than [0-9.]+ MB\)"):
+        with atomic_path(tmp_path / "new" / "a.pt") as temporary:
+            temporary.write_text("half")
+            raise error
+    assert list(tmp_path.iterdir()) == []
+    refused("no space left writing /dev/full", append_jsonl, "/dev/full", {"a": 1})
+
+
+def test_torch_does_not_say_that_the_disk_is_full(tmp_path):
+    """It raises a RuntimeError of positions; the file may then not grow, and that is found out."""
+    import resource
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        refused("cannot write .*state.pt: File too large", save_state, tmp_path / "r", {}, state_of()[1],
+                {"x": torch.zeros(100_000)}, 1, {}, 0.0)
+        refused("cannot write .*x.safetensors: File too large", save_tensors, tmp_path / "r" / "x.safetensors",
+                {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path):
+    """The second is refused; after a kill the lock is free; what was made for it goes again."""
+    folder = tmp_path / "new" / "run"
+    script = "from lib.common import locked\nwith locked(__import__('sys').argv[1]): print(flush=True), input()"
+    other = subprocess.Popen([sys.executable, "-c", script, folder], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    other.stdout.readline()
+    refused("new/run is in use by another process; wait for it, or choose another folder", locked(folder).__enter__)
+    assert (folder / ".lock").exists()
+    other.kill()
+    other.wait()
+    with locked(folder):
+        (folder / "result").write_text("")
+        refused("in use", locked(folder).__enter__)
+        with locked(folder / "inner"):                      # crpo.py trains in folders of its own
+            pass
+        pid = os.fork()                                     # a worker that outlives the run holds nothing
+        if not pid:
+            signal.pause()
+    try:
+        with locked(folder):
+            assert {path.name for path in folder.iterdir()} == {"result", ".lock"}
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    (folder / "result").unlink()
+    with pytest.raises(ValueError), locked(tmp_path / "a" / "b"):
+        raise ValueError
+    assert {path.name for path in tmp_path.iterdir()} == {"new"}
+    (tmp_path / "file").write_text("")
+    refused("cannot write", locked(tmp_path / "file").__enter__)
+
+
+def test_a_lock_that_its_holder_removed_is_none(tmp_path, monkeypatch):
+    """Between opening .lock and locking it another process may end and remove it: taken anew."""
+    import fcntl
+    lock, tries = fcntl.flock, []
+
+    def slow(file, how):
+        tries.append(file)
+        if len(tries) == 1:
+            (tmp_path / ".lock").unlink()
+        lock(file, how)
+    monkeypatch.setattr(common.fcntl, "flock", slow)
+    with locked(tmp_path):
+        assert len(tries) == 2 and (tmp_path / ".lock").exists()
+        monkeypatch.setattr(common.fcntl, "flock", lock)
+        refused("in use", locked(tmp_path).__enter__)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RANK", "1")                         # of torchrun's processes the first one locks
+    with locked(tmp_path / "x"):
+        assert not (tmp_path / "x").exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(common, "fcntl", None)
+    with locked(tmp_path / "x"), locked(tmp_path / "x"):    # Windows has no lock
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_loop_after_its_step(number, capfd):
+    before, steps = signal.getsignal(number), []
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"), stop_on_signal() as stopped:
+        while not stopped:
+            os.kill(os.getpid(), number)
+            steps.append("whole")
+    assert steps == ["whole"] and capfd.readouterr().err.strip() == "stopping after this step; again: at once"
+    with pytest.raises(KeyboardInterrupt), stop_on_signal():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        steps.append("after the second")
+    assert steps == ["whole"] and signal.getsignal(number) is before
+    with stop_on_signal() as stopped:                       # without a signal it ends as any block
+        pass
+    threads = [threading.Thread(target=lambda: stop_on_signal().__enter__())]
+    threads[0].start()
+    threads[0].join()
+    assert not stopped and signal.getsignal(number) is before
+
+
+def test_other_code_is_said_once_and_goes_on(tmp_path, capsys, monkeypatch):
+    assert len(code_hash()) == 16 and code_hash() == code_hash()
+    check_settings("runs/x", {"a": 1}, {"a": 1, "code": code_hash()})               # an older run does not tell
+    assert capsys.readouterr().err == ""
+    check_settings("runs/x", {"code": "other"}, {"code": code_hash()})
+    assert capsys.readouterr().err.startswith("warning: the run in runs/x was begun by other code")
+    for name in ("a.py", "lib/b.py", "world/c.py", "tests/d.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    hashes = [code_hash.__wrapped__()]
+    for name in ("tests/d.py", "a.py", "lib/b.py", "world/c.py"):
+        (tmp_path / name).write_text("x")
+        hashes.append(code_hash.__wrapped__())
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
 
 
 def test_json_lines_forgive_a_torn_end_and_a_byte_order_mark(tmp_path):
@@ -124,6 +285,11 @@ def test_weights_fit_exactly_or_are_refused(tmp_path):
     found = find_weights(tmp_path, "model.safetensors")
     load_weights(other, found)
     assert torch.equal(other.weight, module.weight.half().float())
+    with torch.device("meta"):
+        unborn, huge = torch.nn.Linear(2, 3), torch.nn.Linear(10 ** 7, 10 ** 7)
+    assert torch.equal(load_weights(unborn, found, dtype=torch.float32).weight, other.weight)
+    refused("expected", load_weights, huge, found, dtype=torch.float32)         # 400 TB are not asked for
+    assert huge.weight.is_meta
     refused("bias is .3,., expected None", load_weights, torch.nn.Linear(2, 3, bias=False), found)
     load_weights(torch.nn.Linear(2, 3, bias=False), found, optional=("bias",))
     refused(r"weight is \(3, 2\), expected \(3, 4\)", load_weights, torch.nn.Linear(4, 3), found)
@@ -154,6 +320,12 @@ def test_parts_may_live_elsewhere(tmp_path):
         refused("references map a part", resolve, tmp_path / "a", "vae")
     for name in (tmp_path / "a" / "config.json", tmp_path / "none", "not a hub id"):
         refused("missing", model_folder, name)
+    for name in ("iteration_1", "iteration_2"):
+        (tmp_path / "a" / name).mkdir()
+        (tmp_path / "a" / name / "tangoflux.safetensors").write_text("")
+    refused("a is a run, not a model: take .*a/iteration_2$", model_folder, tmp_path / "a")
+    (tmp_path / "a" / "tangoflux.safetensors").write_text("")
+    assert model_folder(tmp_path / "a") == tmp_path / "a"           # expert_iteration.py's tuned model holds more
 
 
 def test_rates_rise_and_fall():
@@ -203,13 +375,26 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert read_jsonl(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
 
 
-@pytest.mark.parametrize("damage", [{"weights": {"weight": torch.ones(1, 1), "bias": torch.ones(2)}},
-                                    {"weights": {"bias": torch.ones(2)}}, {"settings": '["x"]'}, None])
+BIAS, WEIGHT = torch.ones(2), torch.ones(2, 3)
+DAMAGES = [{"weights": {"weight": torch.ones(1, 1), "bias": BIAS}}, {"weights": {"weight": WEIGHT, "bias": torch.ones(1)}},
+           {"weights": {"bias": BIAS}}, {"weights": {"weight": WEIGHT.double(), "bias": BIAS}},
+           {"weights": {"weight": WEIGHT, "bias": BIAS.long()}}, {"average": {"weight": WEIGHT, "bias": torch.ones(1)}},
+           {"average": {"weight": WEIGHT.half(), "bias": BIAS}}, {"average": {}}, {"average": [BIAS]}, {"step": "x"},
+           {"settings": '["x"]'}, {"settings": "[]"}, {"settings": ["x"]}, {"settings": "{"}, {"optimizer": []}]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "moments", "list", "torn"])
 def test_a_damaged_state_is_refused(tmp_path, damage):
     path = tmp_path / "state.pt"
     save_state(tmp_path, *state_of(), 7, {"seed": 0}, 1.5)
-    if damage:
-        torch.save(torch.load(path, weights_only=True) | damage, path)
-    else:
+    state = torch.load(path, weights_only=True)
+    if damage == "torn":
         path.write_bytes(path.read_bytes()[:400])
-    refused("state.pt", load_state, tmp_path, *state_of(1), {"seed": 0})
+    elif damage == "list":
+        torch.save([state], path)
+    elif damage == "moments":                               # of one number, which would be broadcast
+        state["optimizer"]["state"][0]["exp_avg"] = torch.ones(1)
+        torch.save(state, path)
+    else:
+        torch.save(state | damage, path)
+    refused("state.pt cannot be used: .*delete it to start anew", load_state, tmp_path, *state_of(1), {"seed": 0})

@@ -183,3 +183,18 @@ def test_front_end_equals_the_feature_extractor_at_every_length(truncation, padd
     middle, longer = front([ramp, ramp[:700]])
     assert torch.equal(middle[:1], front([ramp])[0]) and longer[:, 0].tolist() == [True, False]     # nothing random
     refused("'repeat' is unknown", ClapMel, padding="repeat")
+
+
+def test_decoded_bands_stay_within_full_scale():
+    """A sine at full scale reaches its band's bound; latents that ask for more do not pass it."""
+    for settings in (MEL_16K, MEL_44K):
+        log_mel = LogMel(**settings)
+        rate = settings["sampling_rate"]
+        sine = tone(1000, 64 * settings["hop_size"], rate, 1.0)
+        over = (log_mel(sine) - log_mel.full_scale()).amax(dim=(1, 2)).item()
+        assert -0.3 < over < 0.02
+    codec = MelVAE(**TINY_MEL)
+    codec.decode_mel = lambda latents: torch.full((1, 80, 8), 3.0)
+    loud = codec.decode(torch.zeros(1, 2, TINY_MEL.get("latent_channels", 4)))
+    bound = griffin_lim(codec.mel.full_scale().expand(1, 80, 8), codec.mel)
+    assert torch.allclose(loud[0], bound, atol=1e-2)

@@ -116,7 +116,7 @@ def test_sampling_from_the_hub(hub, tmp_path):
 
 def test_training_from_the_hub_writes_a_folder_that_loads(offline, tmp_path, monkeypatch):
     for i in range(6):
-        soundfile.write(tmp_path / f"{i}.wav", np.sin(np.arange(700) / (3 + i)) * 0.5, 768)
+        soundfile.write(tmp_path / f"{i}.wav", np.sin(np.arange(1400) / (6 + i)) * 0.5, 1536)
     write_jsonl(tmp_path / "m.jsonl", [{"audio": f"{i}.wav", "caption": PROMPTS[i % 3]} for i in range(6)])
     monkeypatch.setattr(sys, "argv", [
         "train_fm.py", "--checkpoint", "declare-lab/TangoFlux", "--data", str(tmp_path / "m.jsonl"), "--cache",
@@ -140,7 +140,7 @@ def test_crpo_from_the_hub_writes_a_folder_that_loads(offline, tmp_path):
 def test_guidance_follows_the_codec(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "sample_latents", lambda *given, **more: (
-        seen.append(given[5].guidance_scale) or sample_latents(*given, **more)))
+        seen.append(more["sampling"].guidance_scale) or sample_latents(*given, **more)))
     for place, flags in ((folder, ()), (BASE, ()), (folder, ("--guidance_scale", "2")),
                          (BASE, ("--profile", "tangoflux"))):
         sample.main(["--checkpoint", str(place), "--prompt", "rain", "--duration", "0.5", "--steps", "1", "--output",

@@ -1,13 +1,15 @@
 """CLAP, ranking, and the ranker: the originals' numbers, closed forms, that a preference is learned, wrong input."""
 import math
+import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import PARITY, planted, refused, relative_error
 
 import reward
-from lib.audio import read_audio, write_wav
+from lib.audio import fit_audio, read_audio, write_wav
 from lib.common import UserError, generator, read_json, read_jsonl, write_jsonl
 from reward import best_of, build_clap, load_clap, make_pairs
 from world import ears, train_ranker
@@ -68,7 +70,7 @@ def test_saved_folder_is_read_here_and_by_transformers(tmp_path):
         read = theirs.get_text_features(ids["input_ids"], ids["attention_mask"]).pooler_output
     assert (heard * read).sum().item() == pytest.approx(again.scores(audio, 16000, prompts).item(), abs=1e-5)
     (tmp_path / "config.json").write_text('{"text_config": 7}')
-    refused("config.json of the CLAP cannot be used", load_clap, tmp_path)
+    refused("the CLAP's config or preprocessor cannot be used", load_clap, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     refused("weights_only", load_clap, tmp_path)
 
@@ -160,9 +162,81 @@ def test_a_column_is_written_and_a_contaminated_one(sounds, tmp_path):
         audio = read_audio(tmp_path / row["audio"], 16000, 1)
         assert trained.scores([audio], 16000, [row["caption"]]).item() == pytest.approx(row["score"], abs=1e-4)
         assert row["score_plus_level"] == pytest.approx(row["score"] + 2 * row["level"])
-    for flags, what in ((["--plus", "nothing", "2"], "--plus takes a column of numbers"),
+    scored = tmp_path / "scored.jsonl"
+    for flags, what in ((["--column", "audio"], "--column audio is a column already"), (["--column", "caption"], "caption is"),
+                        (["--column", "level"], "level is a column already"), (["--column", "duration"], "duration is"),
+                        (["--data", str(scored), "--out", str(tmp_path / "more.jsonl")], "--column score is a column already"),
+                        (["--plus", "nothing", "2"], "--plus takes a column of numbers"),
                         (["--out", str(sounds / "votes" / "clips.jsonl")], "must be another file than --data")):
         refused(what, reward.main, [*arguments, *flags])
+
+
+def test_a_sound_damaged_in_its_middle_is_left_out_and_changed_sounds_are_heard_anew(sounds, tmp_path, capsys):
+    rows = read_jsonl(sounds / "votes" / "clips.jsonl")[:3]
+    for number, row in enumerate(rows):
+        sound = read_audio(sounds / "votes" / row["audio"], 16000, 1)
+        soundfile.write(tmp_path / f"{number}.flac", sound[0].numpy() + (number == 1) * 0.01, 16000)
+        rows[number] = {"audio": f"{number}.flac", "caption": row["caption"], "number": number}
+    content = bytearray((tmp_path / "1.flac").read_bytes())
+    content[len(content) // 2:len(content) // 2 + 200] = bytes(200)
+    (tmp_path / "1.flac").write_bytes(content)
+    write_jsonl(tmp_path / "m.jsonl", rows)
+
+    def scores():
+        reward.main(["score_manifest", "--data", str(tmp_path / "m.jsonl"), "--ranker", str(sounds / "ranker"), "--device", "cpu"])
+        return {row["number"]: row["score"] for row in read_jsonl(tmp_path / "scored.jsonl")}
+    first = scores()
+    errors = capsys.readouterr().err
+    assert first.keys() == {0, 2} and "1.flac cannot be used" in errors and "1 of 3 sounds skipped" in errors
+    assert scores() == first and len(list((tmp_path / "features_scored").iterdir())) == 1       # used again
+    shutil.copy2(tmp_path / "2.flac", tmp_path / "0.flac")
+    (tmp_path / "1.flac").unlink()
+    shutil.copy2(tmp_path / "2.flac", tmp_path / "1.flac")
+    changed = scores()
+    assert changed.keys() == {0, 1, 2} and changed[0] != first[0] and changed[2] == pytest.approx(first[2], abs=1e-4)
+
+
+def test_votes_on_sounds_that_cannot_be_read_do_not_train(sounds, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_ranker, "clip_features", lambda encoders, clips, folder: torch.tensor(
+        [[math.nan if row["audio"].endswith("000003_01.wav") else 1.0] for row in clips]))
+
+    def fit(features, votes, *_):
+        seen.append(features[votes.a].isfinite().all() and features[votes.b].isfinite().all())
+        raise UserError(f"{len(votes.a)} votes")
+    monkeypatch.setattr(train_ranker, "fit", fit)
+    cast = read_jsonl(sounds / "votes" / "votes.jsonl")
+    whole = sum("clips/000003_01.wav" not in (vote["a"], vote["b"]) for vote in cast)
+    assert whole < len(cast)
+    refused(f"{whole} votes", train_ranker.main, [
+        "--votes", str(sounds / "votes" / "votes.jsonl"), "--clap", str(sounds / "reward"), "--encoder", str(sounds),
+        "--out", str(tmp_path / "r"), "--device", "cpu"])
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("truncation", ["rand_trunc", "fusion"])
+def test_score_reads_only_what_is_heard(tmp_path, monkeypatch, truncation, capsys):
+    clap, path, read = small(), tmp_path / "long.flac", []
+    front = clap.front
+    seconds = front.samples / front.sampling_rate
+    time = np.arange(round(16000 * (seconds + 3))) / 16000
+    soundfile.write(path, 0.3 * np.sin(time * (200 + 30 * time)), 16000)
+    original = reward.read_audio
+
+    def counting(*arguments, **more):
+        read.append(original(*arguments, **more))
+        return read[-1]
+    monkeypatch.setattr(reward, "read_audio", counting)
+    monkeypatch.setattr(reward, "load_clap", lambda *_: clap)
+    monkeypatch.setattr(front, "fused", truncation == "fusion")
+    monkeypatch.setattr(reward.Clap, "scores", lambda self, audios, rate, prompts: torch.ones(1))
+    reward.main(["score", "--audio", str(path), str(tmp_path / "gone.wav"), "--prompt", "rain", "--device", "cpu"])
+    heard = read[0].shape[1] / front.sampling_rate
+    assert heard == pytest.approx(seconds + (3 if truncation == "fusion" else 0.1), abs=0.01)
+    assert "gone.wav is missing" in capsys.readouterr().err
+    whole = original(path, front.sampling_rate, 1)
+    middle = [fit_audio(sound, front.samples) for sound in (whole, read[0])]
+    assert (middle[0] - middle[1])[:, 200:-200].abs().max() < 0.05      # half a frame apart at most
 
 
 def test_wrong_votes_are_one_line(sounds, tmp_path, capsys):
@@ -174,7 +248,11 @@ def test_wrong_votes_are_one_line(sounds, tmp_path, capsys):
         return train_ranker.read_votes(file, folder)
     clips, kept = read([*cast[:9], {**cast[9], "a": "gone.wav"}])
     assert len(kept.a) == 9 and "1 votes are on missing clips, left out" in capsys.readouterr().err
-    for rows, what in (([{**vote, "b": "gone.wav"} for vote in cast[:5]], "has no votes on clips in"),
+    odd = [{**cast[0], **change} for change in ({"chance": "0.7"}, {"chance": None})]
+    clips, kept = read([{**cast[0], "prompt": 5, "source": ["x"]}, {**cast[1], "prompt_b": None}])
+    assert clips[0]["caption"] == "5" and kept.source.tolist() == ["['x']", cast[1]["source"]]
+    for rows, what in (([odd[0]], "its chance '0.7'"), ([odd[1]], "its chance None"), ([{**cast[0], "a": "x" * 300}], "has no votes on clips in"),
+                       ([{**vote, "b": "gone.wav"} for vote in cast[:5]], "has no votes on clips in"),
                        ([{"prompt": "x"}], "votes.jsonl cannot be used: 'preference'; a vote is"),
                        ([{**cast[0], "preference": 0.7}], "a preference is 0.7"), ([], "has no votes")):
         refused(what, read, rows)

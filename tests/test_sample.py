@@ -11,6 +11,7 @@ import torch
 from conftest import PICTURES, noise, relative_error
 
 import sample
+from lib.audio import limited
 from lib.common import UserError, run_main
 from lib.text import concat_conditions, Condition, encode_prompts, make_text_encoder, null_condition
 from model import PRESETS, TangoFlux, load_model, save_model
@@ -194,12 +195,47 @@ def test_best_of_keeps_the_clip_that_the_reward_scores_highest(folder, tmp_path,
     run(folder, *some, "--best_of", "3", "--reward", f"{mine}:scores" if own else tmp_path / "clap",
         "--output", tmp_path / "best.wav")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("best of 3"))
-    chosen, best, mean = (float(value) for value in re.findall(r"(?:sample|reward|mean) (-?[0-9.]+)", line))
+    chosen, best, mean = (float(value) for value in re.findall(r"(?:candidate|reward|mean) (-?[0-9.]+)", line))
     assert (chosen, best, mean) == (2, 2, 1) if own else best >= mean
     run(folder, *some, "--first_index", int(chosen), "--output", tmp_path / "a.wav")
     assert np.abs(sf.read(tmp_path / "a.wav")[0] - sf.read(tmp_path / "best.wav")[0]).mean() < 1e-3
     with pytest.raises(UserError, match="it must define nothing"):
         run(folder, "--best_of", "2", "--reward", f"{mine}:nothing")
+
+
+def test_what_is_there_is_kept_and_the_same_command_goes_on(folder, tmp_path, capsys):
+    """A killed command goes on; another seed, prompt or model never replaces what was made."""
+    some = "--prompt", "rain", "--num_samples", 3, "--duration", 0.3, "--batch_size", 1, "--output", tmp_path
+    run(folder, *some)
+    names = [f"000{i}_rain" for i in range(3)]
+    first = {name: (tmp_path / f"{name}.wav").read_bytes() for name in names}
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in names]
+    assert [record["index"] for record in records] == [0, 1, 2] and records[0]["checkpoint"].startswith("sha256:")
+    assert records[0]["prompt"] == "rain" and records[0]["seed"] == 0 and records[0]["duration"] == 0.3
+    (tmp_path / "0001_rain.wav").unlink()
+    (tmp_path / "0002_rain.wav").unlink()
+    capsys.readouterr()
+    run(folder, *some)
+    out = capsys.readouterr().out
+    assert out.count("is there already") == 1 and out.count("wrote") == 2
+    assert {name: (tmp_path / f"{name}.wav").read_bytes() for name in names} == first
+    run(folder, *some, "--seed", 1)
+    assert (tmp_path / "0000_rain.wav").read_bytes() == first["0000_rain"] != (tmp_path / "0000_rain_2.wav").read_bytes()
+
+
+def test_a_new_solver_is_one_entry(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(SOLVERS, "midpoint", (lambda velocity, x, ts: x, 2))
+    run(folder, "rain", "--prompt", "wind", "--solver", "midpoint", "--duration", 0.3, "--output", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["0000_rain.wav", "0001_wind.wav"]
+
+
+def test_batches_do_not_change_a_sample(folder, tmp_path):
+    for size in (1, 3):
+        run(folder, "--prompt", "rain", "--num_samples", 3, "--batch_size", size, "--dtype", "float32",
+            "--duration", 0.3, "--output", tmp_path / str(size))
+    for name in ("0000_rain.wav", "0002_rain.wav"):
+        one, three = (sf.read(tmp_path / size / name)[0] for size in ("1", "3"))
+        assert np.abs(one - three).max() < 3 / 32767
 
 
 def test_file_names_keep_letters_of_any_script():
@@ -221,14 +257,14 @@ def test_odd_prompts_warn(folder, tmp_path, capsys):
     ("--steps 0", "--steps: 0 must lie between 1 and 1000"), ("--guidance_scale -1", "between 0 and 50"),
     ("--duration 0", "must lie between"), ("--duration 99", "at most 0.512 s"), ("--num_samples 0", "--num_samples: 0"),
     ("--best_of 0", "--best_of: 0"), ("--first_index -1", "--first_index: -1"),
-    ("--prompt_file missing.txt", "missing.txt is missing"), ("--prompt_file empty.txt", "has no prompt in it"),
-    ("--prompt_file rows.jsonl", "rows.jsonl cannot"), ("--prompt_file nan.jsonl", "nan.jsonl cannot"),
+    ("--prompt_file missing.txt", "missing.txt is missing"), ("--prompt_file empty.txt", "holds no rows"),
+    ("--prompt_file rows.jsonl", "has no column prompt"), ("--prompt_file nan.jsonl", "nan.jsonl cannot"),
     ("--prompt_file binary.txt", "binary.txt cannot"), ("--output a.mp3", "only WAV files"),
     ("--output empty.txt/inside", "cannot write"), ("--num_samples 2 --output one.wav", "is one file"),
-    ("--checkpoint nowhere", "nowhere is missing"), ("--device abacus", "abacus")])
+    ("--solver foo", "there are euler, heun"), ("--checkpoint nowhere", "nowhere is missing"), ("--device abacus", "abacus")])
 def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("empty.txt", b"\n  \n"), ("rows.jsonl", b'{"caption": "rain"}\n'),
+    for name, content in (("empty.txt", b"\n  \n"), ("rows.jsonl", b'{"text": "rain"}\n'),
                           ("nan.jsonl", b'{"prompt": "rain", "duration": NaN}\n'), ("binary.txt", b"\xff\xfe\x00\x80")):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as exit_info:
@@ -237,3 +273,24 @@ def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, argument
     assert exit_info.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.rglob("*.wav"))
+
+
+def test_a_clip_that_passes_full_scale_is_turned_down_around_its_peaks():
+    quiet = 0.3 * torch.randn(2, 1600, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    assert limited(quiet, 16000) is quiet
+    loud = quiet.clone()
+    loud[1, 800], loud[0, 0] = -7.0, 1.5
+    turned = limited(loud, 16000)
+    assert turned.abs().max() <= 0.98 + 1e-6 and turned[1, 800] < -0.97
+    far = (torch.arange(1600) > 160) & ((torch.arange(1600) - 800).abs() > 160)
+    assert torch.equal(turned[:, far], loud[:, far])            # 10 ms away nothing changes
+    ratio = turned[:, 800] / loud[:, 800]
+    assert ratio[0] == ratio[1]                                 # the same in all channels: the place stays
+
+
+def test_decoded_clips_do_not_pass_full_scale(model, monkeypatch):
+    """What judges and rewards hear is what is written."""
+    monkeypatch.setattr(model.codec, "decode", lambda latents, frames: 3 * torch.ones(len(latents), 1, frames * 256))
+    told = []
+    assert decode(model.codec, torch.zeros(2, 4, 8), [0.01] * 2, say=told.append)[1].max() <= 0.98 + 1e-6
+    assert told == ["a clip passes full scale by 9.5 dB: limited"] * 2

@@ -63,10 +63,10 @@ def test_an_awake_head_moves_rows_with_a_score_and_no_others(parts, head):
 
 def test_v1_and_v2_are_one_graph_and_load_into_each_other_strictly(parts, capsys):
     flow, _, x, t, condition = parts
-    one, two = (awake(with_score_head(flow, head)[0]) for head in ("v1", "v2"))
+    one, two = (awake(with_score_head(flow, head, "scalar", 0.2, 1.3)[0]) for head in ("v1", "v2"))
     assert len(one.state_dict()) == len(flow.state_dict()) + 5          # as the paper's 203 = 198 + 5 keys
     two.load_state_dict(one.state_dict(), strict=True)
-    crossed, fresh = with_score_head(one, "v2")
+    crossed, fresh = with_score_head(one, "v2", "zero", 0.0, 1.0)       # what it was trained with stays
     assert not fresh and "warning" not in capsys.readouterr().err
     ours, same, other = (each.velocity(x, t, condition) for each in (crossed, two, one))
     assert torch.equal(ours, same) and not torch.equal(ours, other)
@@ -74,7 +74,7 @@ def test_v1_and_v2_are_one_graph_and_load_into_each_other_strictly(parts, capsys
     assert "the paper found that this collapses" in capsys.readouterr().err
     with pytest.raises(UserError, match="only v1 and v2 take each other's"):
         with_score_head(one, "v4")
-    assert crossed.config["score_head"] == "v2" and crossed.config["score_mean"] == one.config["score_mean"]
+    assert crossed.config == {**one.config, "score_head": "v2"} and crossed.config["score_std"] == 1.3
 
 
 @torch.no_grad()
@@ -110,8 +110,8 @@ def test_joint_guidance_is_equation_2(parts):
 def test_sampling_with_a_score(parts, folder, tmp_path, capsys):
     def run(place, *more):
         sample.main(["--checkpoint", str(place), "--prompt", "rain", "--duration", "0.5", "--steps", "2", "--device",
-                     "cpu", "--output", str(tmp_path / "a.wav"), *more])
-        return (tmp_path / "a.wav").read_bytes()
+                     "cpu", "--output", str(tmp_path / f"{more[1]}.wav"), *more])
+        return (tmp_path / f"{more[1]}.wav").read_bytes()
     with pytest.raises(UserError, match="--score needs a model with a score head"):
         run(folder, "--score", "1")
     flow, _, x, t, condition = parts

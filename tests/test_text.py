@@ -54,7 +54,13 @@ def test_long_prompts_are_cut_and_unknown_words_told(encoder, capsys):
     assert capsys.readouterr().err.startswith("warning: 1 of 2 prompts cut to 64 tokens")
     assert [encoder.tokenize(["rain rain rain"], size)[0].shape[1] for size in (3, None)] == [3, 4]
     warn_of_unknown_words(encoder, ["a Violin, then zebra; rain", "& zebra 雨 🎻! and beeps"], ["rain"])
-    assert "no words for: zebra, 雨, 🎻. The bundled one knows these sounds: rain." in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert 'no words for: zebra, 雨, 🎻. They stand in "a Violin, then zebra; rain", "& zebra 雨 🎻! and beeps".' in told
+    assert "The bundled one knows these sounds: rain." in told and "mean" not in told
+    warn_of_unknown_words(encoder, ["rain", "a Viollin and rein", "a viol"], ["rain"])
+    told = capsys.readouterr().err
+    assert "no words for: Viollin (did you mean violin?), rein (did you mean rain?), viol (did you mean violin?)." in told
+    assert 'They stand in "a Viollin and rein", "a viol".' in told
     warn_of_unknown_words(encoder, ["A church-organ (followed by) RAIN...", ""], ["rain"])
     assert capsys.readouterr().err == ""
 

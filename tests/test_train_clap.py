@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import refused, same_file
 
-from lib.common import BASE, read_json, read_jsonl
+from lib.common import BASE, locked, read_json, read_jsonl
 from lib.text import make_text_encoder
-from world import bundle, train_clap, train_ears
+from world import bundle, reader, train_clap, train_ears, train_ranker, votes
 from world.reader import COLUMNS, learn_to_read, reading_targets
 from world.scenes import Scene, SceneEvent, known_words
 
@@ -60,12 +60,16 @@ def test_a_killed_run_goes_on_exactly_and_with_its_own_settings(tmp_path, monkey
         run(parts, 10, batch_size=8)
     for more, what in (({"dtype": "bfloat16"}, "dtype = float32, now it is bfloat16"), ({"family": 2}, "family = 4")):
         refused("started with " + what, run, parts, 10, batch_size=8, **more)
+    with locked(parts):
+        refused("in use by another process", run, parts, 10, batch_size=8)
+        for main in (reader.main, train_ranker.main, votes.main):
+            refused("in use by another process", main, ["--out", str(parts), "--device", "cpu"])
     run(parts, 10, batch_size=8)
     assert all(same_file(whole / name, parts / name) for name in ("model.safetensors", "log.jsonl"))
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--width", "10"], "config.json of the CLAP cannot be used"), (["--scenes", "2"], "--scenes 2"),
+    (["--width", "10"], "config.* cannot be used: The hidden size"), (["--scenes", "2"], "--scenes 2"),
     (["--batch_size", "6"], "must be a multiple of --family 4"), (["--learning_rate", "nan"], "must lie between")])
 def test_wrong_flags_are_told_before_anything_is_written(flags, message, tmp_path):
     refused(message, train_clap.main, ["--out", str(tmp_path / "out"), *flags])

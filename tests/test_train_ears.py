@@ -1,4 +1,5 @@
 """Training of the ears: truth and augmentation, thresholds, exact resume, and that they learn."""
+import json
 from contextlib import nullcontext
 from functools import partial
 
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from test_train_fm import stop_in_step
 
-from lib.common import UserError, generator, read_jsonl
+from lib.common import UserError, generator, locked, read_jsonl
 from lib.weights import make_optimizer
 from world import train_ears
 from world.ears import FILES, MEL_FLOOR, Tagger, load_tagger, quality, strike_times
@@ -104,6 +106,9 @@ def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch):
     fit(again, scenes, tmp_path / "parts", 5, 2)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
     assert read_jsonl(tmp_path / "whole" / "log.jsonl") == read_jsonl(tmp_path / "parts" / "log.jsonl")
+    stop_in_step(monkeypatch, train_ears, 3, lambda: fit(tiny(), scenes, tmp_path / "signal", 5, 2))
+    fit(again, scenes, tmp_path / "signal", 5, 2)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
     state.write_bytes(b"torn")
     refused("state.pt cannot be used", fit, again, scenes, tmp_path / "parts", 5, 2)
 
@@ -114,7 +119,7 @@ def test_a_foreign_model_and_a_loss_that_is_not_finite_are_told_in_one_line(tmp_
     mel, *truth = toy_scenes(8)
     with pytest.raises(UserError, match="step 0: the loss .* give a lower --learning_rate"):
         fit(tiny(), [mel * float("nan"), *truth], tmp_path / "out", 2, 2)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.jsonl"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_events_and_their_counts_are_learned(tmp_path, monkeypatch):
@@ -137,6 +142,11 @@ def test_a_command_trains_an_ear_that_loads(which, tmp_path, capsys):
                      "--train_steps", "10", "--batch_size", "4", "--workers", "0", "--device", "cpu",
                      "--dtype", "float32", "--out", str(tmp_path)])
     assert read_jsonl(tmp_path / "log.jsonl")[-1]["step"] == 10
+    told = json.loads(torch.load(tmp_path / "state.pt", weights_only=True)["settings"])
+    assert (told["which"], told["scenes"], told["width"], told["dtype"]) == (which, 16, 24, "float32")
+    assert (told["codec"] is None) == (which == "features")         # the hash of the one it heard
+    with locked(tmp_path):
+        refused("in use by another process", train_ears.main, ["--which", which, "--out", str(tmp_path)])
     ear = load_tagger(tmp_path / FILES[which], which)
     assert ear.width == 24
     if which == "quality":

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT, TINY, TINY_MEL, kill_at, relative_error
 import train_fm
 from data import prepare
 from lib.audio import write_wav
-from lib.common import UserError, generator, read_jsonl, write_jsonl
+from lib.common import UserError, generator, locked, read_jsonl, write_jsonl
 from lib.text import Condition, encode_prompts, make_text_encoder, null_condition
 from lib.weights import load_tensors, make_optimizer, muon_takes, save_tensors, set_rate, trainable
 from model import PRESETS, TangoFlux, load_model, save_model
@@ -217,6 +218,59 @@ def test_killed_run_ends_with_the_same_bits(tiny, tmp_path):
         assert same(*(load_tensors(tmp_path / name / f"{file}.safetensors") for name in ("killed", "whole")))
 
 
+def stop_in_step(monkeypatch, module, number, train):
+    """`train()` of this module gets a signal in its step `number` = 1, 2, ...: it ends after it, and says what it saves."""
+    rates, set_rate = [], module.set_rate
+
+    def counted(*arguments):
+        rates.append(arguments)
+        if len(rates) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        set_rate(*arguments)
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
+        patch.setattr(module, "set_rate", counted)
+        train()
+    assert len(rates) == number and ended.value.args in (("the same command goes on",), (130,))
+
+
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch):
+    """The rows of the log are means of all steps since the row before, whatever is saved and stopped between."""
+    whole = run(of_tiny(tiny, tmp_path / "whole", log_every=1))
+    settings = of_tiny(tiny, tmp_path / "parts", log_every=4, save_every=3)
+    stop_in_step(monkeypatch, train_fm, 5, lambda: run(settings))
+    assert state_of(tmp_path / "parts")["step"] == 5
+    assert same(run(settings)["weights"], whole["weights"])
+    losses = [row.get("loss") for row in read_jsonl(tmp_path / "whole" / "log.jsonl")]
+    rows = {row["step"]: row.get("loss") for row in read_jsonl(tmp_path / "parts" / "log.jsonl")}
+    assert list(rows) == [0, 4, 5, 8]
+    for first, last in ((0, 4), (4, 5), (5, 8)):
+        assert rows[last] == pytest.approx(np.mean(losses[first + 1:last + 1]), rel=1e-6)
+
+
+def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fm, "load_all", None)
+    with locked(tmp_path / "r"), pytest.raises(UserError, match="r is in use by another process"):
+        run(of_tiny(tiny, tmp_path / "r"))
+
+
+def test_a_run_at_a_constant_rate_goes_on_longer(tiny, tmp_path):
+    """Its warm-up is that of its first command; with decay the rate depends on the number of steps."""
+    whole = run(of_tiny(tiny, tmp_path / "whole", decay=False, train_steps=22, warmup_steps=1))
+    for steps in (10, 22):                              # a tenth of them: 1, 2
+        longer = run(of_tiny(tiny, tmp_path / "longer", decay=False, train_steps=steps))
+    assert longer["step"] == 22 and same(longer["weights"], whole["weights"])
+    run(of_tiny(tiny, tmp_path / "decays", train_steps=2))
+    with pytest.raises(UserError, match="started with steps = 2, now it is 3"):
+        run(of_tiny(tiny, tmp_path / "decays", train_steps=3))
+
+
+def test_defaults_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train_fm.with_defaults({})
+    flow, codec, encoder = train_fm.new_flow(args.codec, args.text_encoder, args.preset, 0)
+    assert (codec.latent_channels, encoder.width) == (flow.config["in_channels"], flow.config["joint_attention_dim"])
+
+
 def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path):
     one = run(of_tiny(tiny, tmp_path / "one", train_steps=3, batch_size=8, dtype="float32"))
     with socket.socket() as probe:
@@ -243,10 +297,10 @@ def test_wrong_input_is_one_line(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="state.pt cannot be used"):
         run(of_tiny(tiny, tmp_path / "r", train_steps=1))
     for change, message in ((dict(score_column="missing"), "has no column missing"), (dict(experts="."), "is missing"),
-                            (dict(score_column="bad"), "bad is nan"), (dict(score_column="same"), "same in every row")):
+                            (dict(score_column="same"), "same in every row")):
         with pytest.raises(UserError, match=message):
             run(of_scored(tiny, tmp_path / "x", **change))
-    assert not (tmp_path / "x" / "tangoflux.safetensors").exists()
+    assert not (tmp_path / "x").exists()
     monkeypatch.setattr(train_fm, "batch_loss", lambda flow, encoder, batch, *_: (
         flow.fc[0].weight.sum() * math.nan, torch.full((len(batch.t),), math.nan)))
     with pytest.raises(UserError, match="step 0: loss nan"):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import TINY_MEL, refused, relative_error
 from test_mel import tone_clip
-from test_train_fm import state_of
+from test_train_fm import state_of, stop_in_step
 
 import vae
 from lib.audio import write_wav
-from lib.common import generator, read_json, read_jsonl, run_main, write_json, write_jsonl
+from lib.common import generator, locked, read_json, read_jsonl, run_main, write_json, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_OOBLECK = dict(encoder_hidden_size=4, downsampling_ratios=[4, 8, 8], channel_multiples=[1, 2, 2],
@@ -44,7 +44,7 @@ def test_broken_folders_are_one_line_errors(tmp_path):
     vae.save_codec(tmp_path, vae.make_codec("mel", TINY_MEL))
     config = read_json(tmp_path / "config.json")["vae"]
     for broken, message in (({"hidden_dim": 16}, "does not fit"), ({"colour": 1}, "must describe"),
-                            ({"codec": "mp3"}, "mel or oobleck")):
+                            ({"codec": "mp3"}, "mel or oobleck"), ({"hidden_dim": 10 ** 7}, "does not fit")):
         write_json(tmp_path / "config.json", {"vae": {**config, **broken}})
         refused(message, vae.load_codec, tmp_path)
     write_json(tmp_path / "config.json", {"vae": 3})
@@ -95,9 +95,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     def save_and_die(*arguments):
         vae_save(*arguments)
         if arguments[4] == 6:
-            raise InterruptedError
+            raise ArithmeticError
     vae_save = vae.save_state
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch, pytest.raises(ArithmeticError):
         patch.setattr(vae, "save_state", save_and_die)
         run(patch, killed, *settings)
     early = state_of(killed)
@@ -115,6 +115,18 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
         assert "was started with" in error_of(monkeypatch, capsys, killed, *settings, *change)
     (killed / "state.pt").unlink()
     assert "holds a model but no state.pt" in error_of(monkeypatch, capsys, killed, *settings)
+
+
+def test_a_signal_saves_and_a_second_run_is_refused(tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(monkeypatch, whole, "--steps", "6")
+    stop_in_step(monkeypatch, vae, 4, lambda: run(monkeypatch, parts, "--steps", "6"))
+    assert state_of(parts)["step"] == 4 and not (parts / "vae.safetensors").exists()
+    run(monkeypatch, parts, "--steps", "6")
+    assert len(unmoved(state_of(whole), state_of(parts))) == len(state_of(whole)["weights"])
+    capsys.readouterr()
+    with locked(tmp_path / "new"):
+        assert "new is in use by another process" in error_of(monkeypatch, capsys, tmp_path / "new")
 
 
 def test_oobleck_trains_in_the_same_loop_and_stops_in_time(tmp_path, monkeypatch, capsys):

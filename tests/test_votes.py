@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import refused
 
-from lib.common import BASE, read_jsonl
+from lib.common import BASE, locked, read_json, read_jsonl, write_json
 from lib.mel import MEL_16K, LogMel
 from world import votes
 from world.scenes import World
@@ -55,7 +55,7 @@ def test_votes_have_the_noise_they_say():
     refused("at least 2 --takes", votes.cast_votes, clips[:1], 10, 0)
 
 
-def test_a_killed_command_goes_on_and_other_settings_are_refused(tmp_path, capsys):
+def test_a_killed_command_goes_on_and_other_settings_are_refused(tmp_path, capsys, monkeypatch):
     flags = ["--scenes", "20", "--takes", "2", "--votes", "400", "--through_codec", "0.3", "--codec", str(BASE),
              "--out", str(tmp_path), "--workers", "0", "--device", "cpu"]
     votes.main(flags)
@@ -70,3 +70,24 @@ def test_a_killed_command_goes_on_and_other_settings_are_refused(tmp_path, capsy
     votes.main(flags)
     assert (tmp_path / "clips.jsonl").read_text() == before
     refused("started with takes = 2, now it is 3", votes.main, [*flags, "--takes", "3"])
+    with monkeypatch.context() as patch:
+        codec = votes.load_codec(BASE)
+        next(codec.parameters()).data.mul_(1.5)
+        patch.setattr(votes, "load_codec", lambda *_: codec)
+        refused("started with codec = ", votes.main, flags)
+    with locked(tmp_path):
+        refused("in use by another process", votes.main, flags)
+    settings = read_json(tmp_path / "settings.json")
+    del settings["codec"]                                           # of an older version: goes on
+    write_json(tmp_path / "settings.json", settings)
+    votes.main(flags)
+    assert (tmp_path / "clips.jsonl").read_text() == before
+
+
+def test_without_the_codec_another_one_is_no_matter(tmp_path, monkeypatch):
+    flags = ["--scenes", "2", "--takes", "2", "--votes", "9", "--through_codec", "0", "--out", str(tmp_path), "--workers", "0"]
+    votes.main(flags)
+    codec = votes.load_codec(BASE)
+    next(codec.parameters()).data.mul_(1.5)
+    monkeypatch.setattr(votes, "load_codec", lambda *_: codec)
+    votes.main(flags)

@@ -149,3 +149,11 @@ def test_a_new_event_is_added_in_one_place(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "cannot hear horn" in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+def test_a_counted_prompt_gets_the_seconds_that_it_fills():
+    """As long as scenes of the world stretch counted strikes; all else keeps what is usual."""
+    assert scenes.fitting_seconds("three beeps", 4.0) == 1.5                    # 0.5 s apart at most
+    assert scenes.fitting_seconds("Three beeps followed by rain", 4.0) == 3.0   # half of it
+    assert scenes.fitting_seconds("four cymbal crashes", 4.0) == 3.6
+    assert scenes.fitting_seconds("beeping", 4.0) == scenes.fitting_seconds("", 4.0) == 4.0

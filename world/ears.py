@@ -10,6 +10,7 @@ B batch, F mel frames (16 ms), T tagger frames (64 ms; 2T strike frames of 32 ms
 K events, Q countable events, W width.
 """
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -260,3 +261,19 @@ def spearman(a, b):
         ranks.append(np.searchsorted(ordered, values) + np.searchsorted(ordered, values, "right"))
     with np.errstate(invalid="ignore"):
         return float(np.corrcoef(*ranks)[0, 1])
+
+
+def band_statistics(mel, samples):
+    """A log10 mel (80, F) over its sounding samples -> (720,): a band's quantiles, changes, dips.
+
+    In decades below the clip's peak, at most 4 (80 dB).
+    """
+    mel = mel[:, :max(9, math.ceil(samples / MEL_16K["hop_size"]))]
+    mel = (mel - mel.max()).clamp(min=-4)
+    change = mel.diff(dim=1).abs()
+    around = pad(mel[None], (4, 4), mode="replicate")[0].unfold(1, 9, 1)              # (80, F, 9)
+    beside = torch.minimum(around[..., :4].amax(-1), around[..., 5:].amax(-1))
+    dip = (beside - mel).clamp(min=0)                                                   # a gap
+    quantiles = torch.quantile(mel, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]), dim=1)
+    return torch.cat([*quantiles, change.mean(1), (change > 0.75).float().mean(1),
+                      dip.mean(1), (dip > 1).float().mean(1)])

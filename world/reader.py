@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 from tqdm import trange
 
-from lib.common import DEVICE, UserError, choose_device, flag, parse_flags, run_main
+from lib.common import DEVICE, UserError, choose_device, flag, locked, parse_flags, run_main
 from lib.text import make_text_encoder
 from lib.weights import set_rate
 from world.scenes import NUMBERS, World, known_words
@@ -72,14 +72,15 @@ def learn_to_read(encoder, steps, seed=0):
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     out = Path(args.out)
-    if (out / "config.json").exists():
-        raise UserError(f"{out} holds a model already; choose another --out")
-    device = choose_device(args.device)
-    encoder = make_text_encoder(known_words(), args.width, seed=args.seed).to(device)
-    share = learn_to_read(encoder, args.train_steps, args.seed)
-    encoder.save(out)
-    print(f"wrote {out}: it reads {share:.1%} of the captions right; "
-          f"next: python train_fm.py --text_encoder {out}")
+    with locked(args.out):
+        if (out / "config.json").exists():
+            raise UserError(f"{out} holds a model already; choose another --out")
+        device = choose_device(args.device)
+        encoder = make_text_encoder(known_words(), args.width, seed=args.seed).to(device)
+        share = learn_to_read(encoder, args.train_steps, args.seed)
+        encoder.save(out)
+        print(f"wrote {out}: it reads {share:.1%} of the captions right; "
+              f"next: python train_fm.py --text_encoder {out}")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,16 @@ def almost(rng, relation, events):
     return near
 
 
+def fitting_seconds(prompt, seconds):
+    """`seconds`, or fewer where a prompt counts: scenes of `World` never stretch counted strikes."""
+    parts = len(re.split(" then |followed by|, then| after ", prompt))
+    for event in EVENTS.values():
+        for count, word in NUMBERS.items():
+            if event.counted and f"{word} {event.counted}" in prompt.lower():
+                seconds = min(seconds, parts * count * event.spacing[1])
+    return round(seconds, 2)
+
+
 def near_misses(rng, relation, events, number):
     """`number` different false captions, each of a scene that is `almost` the given one."""
     wrong = set()

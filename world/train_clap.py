@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, normalize, softplus
 from torch.utils.data import default_collate
 
 from lib.common import (DEVICE, DTYPE, UserError, autocast_for, choose_device, derive_seed, flag,
-                        generator, parse_flags, pick, run_main)
+                        generator, locked, parse_flags, pick, run_main)
 from lib.audio import ClapMel
 from lib.text import make_tokenizer
 from lib.weights import learning_rate, make_optimizer
@@ -262,28 +262,31 @@ def in_a_layer(name, parameter):
 
 def train(training, out, val_scenes, workers, device):
     """Train a Clap in the run folder `out`; a killed run goes on exactly."""
-    # the network
-    clap = new_clap(training.width, training.text_width, training.seed).to(device)
-    readout = ReadOut(2 * training.width, training.text_width).to(device)
-    both = nn.ModuleDict({"clap": clap.clap, "readout": readout})
-    optimizer = make_optimizer(dict(both.named_parameters()), (0.9, 0.98), training.weight_decay,
-                               training.muon, in_a_layer)
+    with locked(out):
+        # the network
+        clap = new_clap(training.width, training.text_width, training.seed).to(device)
+        readout = ReadOut(2 * training.width, training.text_width).to(device)
+        both = nn.ModuleDict({"clap": clap.clap, "readout": readout})
+        optimizer = make_optimizer(dict(both.named_parameters()), (0.9, 0.98),
+                                   training.weight_decay, training.muon, in_a_layer)
 
-    # scenes
-    world = {**HARDER, "seed": training.scene_seed + training.seed, "degraded": training.degraded}
-    scenes = partial(render_scenes, size=training.family, workers=workers)
-    clips = scenes({**world, "split": "train"}, training.scenes)
-    held_out = scenes({**world, "split": "val"}, val_scenes)
+        # scenes
+        world = {**HARDER, "seed": training.scene_seed + training.seed}
+        world["degraded"] = training.degraded
+        scenes = partial(render_scenes, size=training.family, workers=workers)
+        clips = scenes({**world, "split": "train"}, training.scenes)
+        held_out = scenes({**world, "split": "val"}, val_scenes)
 
-    # training
-    autocast = autocast_for(training.dtype, device)
-    loss_of = partial(batch_loss, clap, readout, training, autocast, *clips)
-    steps = training.train_steps
-    rate_of = partial(learning_rate, peak=training.learning_rate, warmup=min(100, steps // 10 + 1),
-                      steps=steps, shape="cosine")
-    heard = partial(check, clap, *held_out, training.family)
-    fit(out, "model.safetensors", both, optimizer, training, loss_of, rate_of, 1.0, heard)
-    clap.save(out, torch.float16)
+        # training
+        autocast = autocast_for(training.dtype, device)
+        loss_of = partial(batch_loss, clap, readout, training, autocast, *clips)
+        steps = training.train_steps
+        warmup = min(100, steps // 10 + 1)
+        rate_of = partial(learning_rate, peak=training.learning_rate, warmup=warmup, steps=steps,
+                          shape="cosine")
+        heard = partial(check, clap, *held_out, training.family)
+        fit(out, "model.safetensors", both, optimizer, training, loss_of, rate_of, 1.0, heard)
+        clap.save(out, torch.float16)
 
 
 def main(argv=None):

@@ -22,10 +22,11 @@ from torch.utils.data import default_collate
 from tqdm import trange
 
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, choose_device,
-                        derive_seed, flag, generator, parse_flags, pick, run_main)
+                        derive_seed, flag, generator, locked, parse_flags, pick, run_main,
+                        stop_on_signal)
 from lib.mel import MEL_16K, LogMel
-from lib.weights import (learning_rate, load_state, make_optimizer, save_state, set_rate,
-                         trim_log)
+from lib.weights import (learning_rate, load_state, make_optimizer, module_hash, save_state,
+                         set_rate, trim_log)
 from vae import load_codec
 from world.ears import (FILES, FRAME_SECONDS, MEL_FLOOR, Tagger, probabilities, save_tagger,
                         spearman, strike_times)
@@ -50,7 +51,8 @@ DEFAULTS = {"judge": {}, "features": {"seed": 1, "width": 168, "out": "runs/tagg
             "quality": {"scenes": 5000, "val_scenes": 400, "width": 96, "layers": 3,
                         "train_steps": 3000, "out": "runs/quality"}}
 HARDER = {"relations": (0.1, 0.4, 0.28, 0.22), "counted": 0.5}  # what is learned slowest
-Training = namedtuple("Training", "seed train_steps batch_size learning_rate")
+Training = namedtuple("Training", "seed train_steps batch_size learning_rate which scenes width "
+                      "layers dtype codec", defaults=[None] * 6)
 EVERY = 200     # steps between two rows of log.jsonl, two states
 END = 4.096     # seconds of a clip
 
@@ -201,26 +203,29 @@ def fit(out, file, network, optimizer, training, loss_of, rate_of, largest_norm,
     start, _ = load_state(out, network.state_dict(), optimizer, {}, settings, file)
     trim_log(out, start)
     network.train()
-    for step in trange(start, steps, desc="training", disable=None):
-        # rate, forward, backward, clip
-        set_rate(optimizer, rate_of(step))
-        parts = loss_of(step)
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), largest_norm)
-        if not (parts["loss"] + norm).isfinite():
-            raise UserError(f"step {step}: the loss or its gradient is not finite; "
-                            "give a lower --learning_rate and another --out")
-        optimizer.step()
+    with stop_on_signal() as stopped:
+        for step in trange(start, steps, desc="training", disable=None):
+            # rate, forward, backward, clip
+            set_rate(optimizer, rate_of(step))
+            parts = loss_of(step)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), largest_norm)
+            if not (parts["loss"] + norm).isfinite():
+                raise UserError(f"step {step}: the loss or its gradient is not finite; "
+                                "give a lower --learning_rate and another --out")
+            optimizer.step()
 
-        # log, check, save
-        done = step + 1
-        if done == steps or done % EVERY == 0:
-            network.eval()
-            row = {name: part.item() for name, part in parts.items()}
-            append_jsonl(Path(out) / "log.jsonl", {"step": done, **row, **check()})
-            save_state(out, network.state_dict(), optimizer, {}, done, settings, 0.0)
-            network.train()
+            # log, check, save
+            done = step + 1
+            if done == steps or done % EVERY == 0 or stopped:
+                network.eval()
+                row = {name: part.item() for name, part in parts.items()}
+                append_jsonl(Path(out) / "log.jsonl", {"step": done, **row, **check()})
+                save_state(out, network.state_dict(), optimizer, {}, done, settings, 0.0)
+                network.train()
+            if stopped:
+                break
     network.eval()
 
 
@@ -259,44 +264,47 @@ def main(argv=None):
     which = parse_flags(__doc__, FLAGS, argv).which
     args = parse_flags(__doc__, FLAGS, argv, DEFAULTS[which])
     file = Path(args.out) / FILES[which]
-    training = pick(Training, args)
     device = choose_device(args.device)
     autocast = autocast_for(args.dtype, device)
 
-    # clips, and who hears them
-    world = {"split": "train", "seed": 1000 + args.seed, "degraded": 0.3, "pairs": "all"}
-    if which == "quality":
-        rated = partial(rated_clips, load_codec(args.codec, device), args.seed, args.workers)
-        clips = rated("train", args.scenes, 0.5)
-        known = ["quality"], []
-    else:
-        clips = render_scenes({**world, **HARDER}, args.scenes, args.workers, 4.0)
-        known = EVENT_NAMES, COUNTABLE
-    torch.manual_seed(args.seed)  # the initial weights, nothing else
-    tagger = Tagger(*known, args.width, args.layers).to(device)
-    optimizer = make_optimizer(dict(tagger.named_parameters()), (0.9, 0.98), 0.05)
+    with locked(args.out):
+        # clips, and who hears them
+        training = pick(Training, args)._replace(codec=None)
+        world = {"split": "train", "seed": 1000 + args.seed, "degraded": 0.3, "pairs": "all"}
+        if which == "quality":
+            codec = load_codec(args.codec, device)
+            rated = partial(rated_clips, codec, args.seed, args.workers)
+            clips = rated("train", args.scenes, 0.5)
+            known = ["quality"], []
+            training = training._replace(codec=module_hash(codec)[:16])
+        else:
+            clips = render_scenes({**world, **HARDER}, args.scenes, args.workers, 4.0)
+            known = EVENT_NAMES, COUNTABLE
+        torch.manual_seed(args.seed)  # the initial weights, nothing else
+        tagger = Tagger(*known, args.width, args.layers).to(device)
+        optimizer = make_optimizer(dict(tagger.named_parameters()), (0.9, 0.98), 0.05)
 
-    # training
-    loss_of = partial(batch_loss, tagger, clips, training, autocast)
-    rate_of = partial(tagger_rate, training)
-    fit(args.out, file.name, tagger, optimizer, training, loss_of, rate_of, 2.0)
+        # training
+        loss_of = partial(batch_loss, tagger, clips, training, autocast)
+        rate_of = partial(tagger_rate, training)
+        fit(args.out, file.name, tagger, optimizer, training, loss_of, rate_of, 2.0)
 
-    # what it is worth on held-out clips, or the thresholds that they fix
-    if which == "quality":
-        for share in (0.0, 1.0):
-            mels, truth = rated("test", args.val_scenes, share)
-            _, presence, _ = probabilities(tagger, mels)
-            rank = spearman(presence[:, 0].numpy(), truth.numpy())
-            print(f"rank correlation with the truth, {share:.0%} through the codec: {rank:.3f}")
-    else:
-        world["split"] = "val"
-        mels, activity, strikes = render_scenes(world, args.val_scenes, args.workers)
-        _, presence, rate = probabilities(tagger, mels)
-        present = activity.amax(1) > 0
-        hits = strikes.float().sum(1).round()
-        tagger.thresholds = best_thresholds(presence.numpy(), present.numpy())
-        tagger.strike_threshold = best_strike_threshold(rate.numpy(), hits.numpy())
-    save_tagger(file, tagger)
+        # what it is worth on held-out clips, or the thresholds that they fix
+        if which == "quality":
+            for share in (0.0, 1.0):
+                mels, truth = rated("test", args.val_scenes, share)
+                _, presence, _ = probabilities(tagger, mels)
+                rank = spearman(presence[:, 0].numpy(), truth.numpy())
+                print(f"rank correlation with the truth, {share:.0%} through the codec: {rank:.3f}")
+        else:
+            world["split"] = "val"
+            mels, activity, strikes = render_scenes(world, args.val_scenes, args.workers)
+            _, presence, rate = probabilities(tagger, mels)
+            present = activity.amax(1) > 0
+            hits = strikes.float().sum(1).round()
+            tagger.thresholds = best_thresholds(presence.numpy(), present.numpy())
+            tagger.strike_threshold = best_strike_threshold(rate.numpy(), hits.numpy())
+        save_tagger(file, tagger)
     print(f"wrote {file}; next: python -m world.bundle --{file.stem} {args.out} --out MODEL_FOLDER")
 
 

@@ -8,6 +8,7 @@ kept, features and scores are standardised. N clips, P votes, B batch, W width o
 """
 import json
 import math
+import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from lib.common import (BASE, DEVICE, UserError, check_writable, choose_device, derive_seed, flag,
-                        generator, parse_flags, pick, read_jsonl, reading, run_main, warn,
+from lib.common import (BASE, DEVICE, UserError, choose_device, derive_seed, flag, generator,
+                        locked, parse_flags, pick, read_jsonl, reading, run_main, warn,
                         write_json, write_jsonl)
 from lib.weights import learning_rate, save_tensors, set_rate
 from world.ears import spearman
@@ -47,13 +48,14 @@ def read_votes(path, audio_dir=None):
     places, votes = {}, []  # {(file, prompt): place}
     with reading(path, VOTE):
         for row in rows:
-            if row["preference"] not in (0, 0.5, 1):
-                raise ValueError(f"a preference is {row['preference']}")
-            if (folder / row["a"]).is_file() and (folder / row["b"]).is_file():
-                prompt, chance = row["prompt"], row.get("chance", math.nan)
+            chance = row.get("chance", math.nan)
+            if row["preference"] not in (0, 0.5, 1) or not isinstance(chance, (int, float)):
+                raise ValueError(f"a preference is {row['preference']}, its chance {chance!r}")
+            prompt, source = str(row["prompt"]), str(row["source"])
+            if os.path.isfile(folder / row["a"]) and os.path.isfile(folder / row["b"]):
                 a = places.setdefault((row["a"], prompt), len(places))
-                b = places.setdefault((row["b"], row.get("prompt_b", prompt)), len(places))
-                votes.append((a, b, row["preference"], chance, row["source"]))
+                b = places.setdefault((row["b"], str(row.get("prompt_b", prompt))), len(places))
+                votes.append((a, b, row["preference"], chance, source))
     if not votes:
         raise UserError(f"{path} has no votes on clips in {folder}; name their folder: --audio_dir")
     missing = len(rows) - len(votes)
@@ -163,31 +165,33 @@ def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     device = choose_device(args.device)
     out = Path(args.out)
-    check_writable(out / "ranker.safetensors")
 
-    # votes and features; the world knows its clips' quality
-    encoders = Encoders(args.clap, args.encoder, device)
-    clips, votes = read_votes(args.votes, args.audio_dir)
-    path = Path(args.votes).parent / "clips.jsonl"
-    rows = read_jsonl(path) if path.is_file() else []
-    known = {str(path.parent / row["audio"]): row.get("quality") for row in rows}
-    quality = [known.get(row["audio"]) for row in clips]
-    features = clip_features(encoders, clips, out / "features")
+    with locked(args.out):
+        # votes and features; the world knows its clips' quality
+        encoders = Encoders(args.clap, args.encoder, device)
+        clips, votes = read_votes(args.votes, args.audio_dir)
+        path = Path(args.votes).parent / "clips.jsonl"
+        rows = read_jsonl(path) if path.is_file() else []
+        known = {str(path.parent / row["audio"]): row.get("quality") for row in rows}
+        quality = [known.get(row["audio"]) for row in clips]
+        features = clip_features(encoders, clips, out / "features")
+        heard = features.isfinite().all(1).numpy()
+        votes = Votes(*[column[heard[votes.a] & heard[votes.b]] for column in votes])
 
-    # the ranker, and what it is worth on held-out votes
-    parts = split_votes(clips, votes, args.seed)
-    ranker, log = fit(features, votes, parts, pick(Fit, args), device)
-    utility = ranker.utility(features.to(device)).detach().cpu().numpy()
-    held = Votes(*[column[parts[2]] for column in votes])
-    numbers = report(utility, held, None if None in quality else np.array(quality))
+        # the ranker, and what it is worth on held-out votes
+        parts = split_votes(clips, votes, args.seed)
+        ranker, log = fit(features, votes, parts, pick(Fit, args), device)
+        utility = ranker.utility(features.to(device)).detach().cpu().numpy()
+        held = Votes(*[column[parts[2]] for column in votes])
+        numbers = report(utility, held, None if None in quality else np.array(quality))
 
-    # its layers in half precision, what it is in the header
-    ranker.layers.half()
-    config = json.dumps({**ranker.config, **encoders.names, "key": encoders.key()})
-    save_tensors(out / "ranker.safetensors", ranker.state_dict(), {"ranker": config})
-    write_jsonl(out / "log.jsonl", log)
-    write_json(out / "report.json", numbers)
-    print(f"held-out votes: {json.dumps(numbers, indent=2)}")
+        # its layers in half precision, what it is in the header
+        ranker.layers.half()
+        config = json.dumps({**ranker.config, **encoders.names, "key": encoders.key()})
+        save_tensors(out / "ranker.safetensors", ranker.state_dict(), {"ranker": config})
+        write_jsonl(out / "log.jsonl", log)
+        write_json(out / "report.json", numbers)
+        print(f"held-out votes: {json.dumps(numbers, indent=2)}")
     print(f"next: python reward.py score_manifest --data runs/scored/clips.jsonl --ranker {out}")
 
 

@@ -21,9 +21,10 @@ import torch
 
 from lib.audio import write_wav
 from lib.common import (BASE, DEVICE, UserError, append_jsonl, check_settings, choose_device,
-                        derive_seed, flag, parse_flags, pick, read_json, run_main, whole_blocks,
-                        write_json, write_jsonl)
+                        derive_seed, flag, locked, parse_flags, pick, read_json, run_main,
+                        whole_blocks, write_json, write_jsonl)
 from lib.mel import MEL_16K, LogMel, log_mel_error
+from lib.weights import module_hash
 from vae import load_codec
 from world.scenes import World, in_workers
 from world.sounds import DEGRADATIONS, SAMPLE_RATE, degrade, rms, seconds
@@ -169,9 +170,12 @@ def cast_votes(clips, count, seed):
 def make_clips(out, settings, codec, workers):
     """clips/*.wav and clips.jsonl in `out`, continued where a kill stopped; returns the rows."""
     started = out / "settings.json"
+    made_from = settings._asdict()
+    if settings.through_codec:
+        made_from["codec"] = module_hash(codec)
     if started.is_file():
-        check_settings(out, read_json(started, dict), settings._asdict())
-    write_json(started, settings._asdict())
+        check_settings(out, read_json(started, dict), made_from)
+    write_json(started, made_from)
     scenes, takes, seed, hum, share = settings
     done = whole_blocks(out / "clips.jsonl", BLOCK * takes, scenes * takes)
     rest = range(len(done) // takes, scenes)
@@ -190,10 +194,12 @@ def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     out = Path(args.out)
     codec = load_codec(args.codec, choose_device(args.device))
-    clips = make_clips(out, pick(Clips, args), codec, args.workers)
+    with locked(out):
+        clips = make_clips(out, pick(Clips, args), codec, args.workers)
+        if args.votes:
+            write_jsonl(out / "votes.jsonl", cast_votes(clips, args.votes, args.seed))
     following = f"python reward.py score_manifest --data {out}/clips.jsonl"
     if args.votes:
-        write_jsonl(out / "votes.jsonl", cast_votes(clips, args.votes, args.seed))
         following = f"python -m world.train_ranker --votes {out}/votes.jsonl"
     print(f"wrote {len(clips)} clips into {out}; next: {following}")
 
