@@ -193,8 +193,8 @@ def make_clips(out, settings, codec, workers):
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     out = Path(args.out)
-    codec = load_codec(args.codec, choose_device(args.device))
     with locked(out):
+        codec = load_codec(args.codec, choose_device(args.device))
         clips = make_clips(out, pick(Clips, args), codec, args.workers)
         if args.votes:
             write_jsonl(out / "votes.jsonl", cast_votes(clips, args.votes, args.seed))
