@@ -40,14 +40,14 @@ from tqdm import tqdm
 from data import read_pairs, read_prompts
 from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
-                        choose_device, code_hash, flag, generator, locked, parse_flags, pick,
-                        read_json, read_jsonl, reading, relative_to_here, run_main, side_by_side,
+                        choose_device, flag, generator, locked, parse_flags, pick, read_json,
+                        read_jsonl, reading, relative_to_here, run_main, side_by_side,
                         stop_on_signal, warn, whole_blocks, write_json, write_jsonl, write_report)
 from lib.fast import quicken
 from lib.text import concat_conditions, MAX_TOKENS, null_score
-from lib.weights import (average_decay, copy_weights, draw_log, learning_rate, links, load_state,
-                         load_tensors, make_optimizer, module_hash, policy_hash, save_state,
-                         save_tensors, set_rate, trainable, trim_log, update_average)
+from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
+                         load_state, load_tensors, make_optimizer, module_hash, policy_hash,
+                         save_state, save_tensors, set_rate, trainable, trim_log, update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
 from reward import JUDGE, REWARD, make_pairs
 from sample import Sampling, decode, default_duration, sample_latents
@@ -411,6 +411,8 @@ def begin(path, command, flags, policy, judges):
     started = {"noise": NOISE}
     if path.is_file():
         started = read_json(path, dict)
+        if "ears" not in started:
+            raise UserError(f"{path.parent} holds another model or run; choose another --out")
         check_settings(path.parent, started, wanted)
     wanted["noise"] = started.get("noise", started.get("evaluation_seed"))  # of the first edition
     write_json(path, {"command": command, **wanted, "iterations": flags.iterations})

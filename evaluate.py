@@ -27,10 +27,10 @@ import torch
 from data import DATA_FLAGS, SOUND_SUFFIXES, load_clip, read_rows
 from lib.audio import fit_audio, listening_page, resample, usable, write_clips
 from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device,
-                        code_hash, flag, markdown, parse_flags, relative_to_here, run_main,
+                        flag, markdown, parse_flags, relative_to_here, run_main,
                         settings_key, write_jsonl, write_report)
 from lib.text import number, tables
-from lib.weights import load_tensors, module_hash, save_tensors
+from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
 from reward import JUDGE, REWARD, load_clap
 from sample import SAMPLER_FLAGS, Sampling, decode, sample_latents
@@ -99,7 +99,8 @@ def bootstrap(statistic, count, draws=1000, seed=0):
         return [math.nan, math.nan]
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(count, size=count)) for _ in range(draws)]
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):     # all are NaN
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)         # where all values are NaN
         return np.nanpercentile(values, [2.5, 97.5], axis=0).tolist()
 
 
@@ -209,7 +210,7 @@ def compare(found, against, draws=1000, seed=0, pooled=()):
     base = found[against]
     changes = {name: gains(group, base, real, draws, seed) for name, group in groups.items()}
     numbers |= {f"{name} against {against}": change for name, change in changes.items()}
-    note = f"Differences to {against}, over prompts (no interval for fewer than {FEWEST}):"
+    note = f"Differences to {against}, over prompts ({FEWEST} or more for an interval):"
     return [table, note, change_table(changes)], numbers
 
 

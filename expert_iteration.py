@@ -20,10 +20,10 @@ import numpy as np
 import train_fm
 from crpo import (draw_prompts, load_policy, make_candidates, prompt_pool, sampler_of,
                   score_candidates)
-from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device, code_hash,
+from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device,
                         derive_seed, file_hash, flag, locked, parse_flags, read_json, read_jsonl,
                         reading, run_main, write_json, write_jsonl)
-from lib.weights import policy_hash, save_tensors
+from lib.weights import code_hash, policy_hash, save_tensors
 from reward import REWARD, TrainedRanker, load_clap
 
 FLAGS = {"what it starts from": [

@@ -158,14 +158,6 @@ def load_clap(source, device="cpu"):
 
 # ----------------------------------------------------------------------------- ranking
 
-def best_of(scores):
-    """Index of each prompt's best clip: scores (M, N) -> (M,); the first of equals, never NaN."""
-    scores = np.asarray(scores, dtype=float)
-    if np.isnan(scores).all(1).any():
-        raise UserError("all rewards of a prompt are NaN; is its audio silent?")
-    return np.nanargmax(scores, axis=1)
-
-
 def make_pairs(scores):
     """Best and worst clip of each prompt (2.5): scores (M, N) -> winners, losers, usable (M,).
 
@@ -315,8 +307,6 @@ class TrainedRanker:
 
 def score(audio, prompt, clap, device, **_):
     """Print the CLAP score of each file with the prompt."""
-    if not audio:
-        raise UserError("--audio needs a sound file")
     clap = load_clap(clap, device)
     rate = clap.front.sampling_rate
     seconds = None if clap.front.fused else clap.front.samples / rate       # what it hears

@@ -17,7 +17,7 @@ import importlib
 import math
 import runpy
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,12 +28,12 @@ from data import read_prompts
 from lib.audio import (limited, normalise_loudness, output_paths, place_of, save_spectrogram,
                        write_wav)
 from lib.common import (ALIGNED, BASE, DEVICE, DTYPE, UserError, check_writable, choose_device,
-                        choose_dtype, code_hash, flag, generator, need, parse_flags, pick,
+                        choose_dtype, flag, generator, need, parse_flags, pick,
                         reading, relative_to_here, run_main, side_by_side, warn, write_json)
 from lib.fast import quicken
 from lib.text import (concat_conditions, encode_prompts, moved, null_condition,
                       warn_of_unknown_words, well_formed)
-from lib.weights import model_folder, policy_hash, resolve
+from lib.weights import code_hash, model_folder, policy_hash, resolve
 from model import ModelConfig, load_model
 from vae import codec_place
 from world.scenes import fitting_seconds
@@ -51,10 +51,10 @@ PROFILES = {
 SAMPLER_FLAGS = [
     flag("--steps", 25, "solver steps (paper 3.3: 50)", 1, 1000),
     flag("--guidance_scale", 3.0, "classifier-free guidance, 1 is none (paper A.6: 4.5)", 0, 50),
-    flag("--solver", "euler", "euler (paper), heun (A.7), or another of SOLVERS")]
+    flag("--solver", "euler", "euler (paper), heun (A.7), or what you add to SOLVERS")]
 FLAGS = {"what to make": [
     flag("prompts", [], "what to hear", kind=str, nargs="*"),
-    flag("--prompt", [], "the same; may be repeated", kind=str, nargs="append"),
+    flag("--prompt", [], "a prompt; may be repeated", kind=str, nargs="append"),
     flag("--prompt_file", None, ".txt with a prompt a line, or a table as --data of train_fm.py"),
     flag("--prompt_prefix", "", "text before every prompt"),
     flag("--negative_prompt", None, "what not to hear, in the place of the empty text"),
@@ -170,8 +170,7 @@ def encode_conditions(text, prompts, durations, sampling=Sampling(), batch_size=
         condition = encode_prompts(text, prompts[rows], seconds, score)
         null = None
         if sampling.guidance_scale != 1:
-            null = null_condition(text, condition, sampling.negative_prompt or "")
-            null = moved(null, "cpu")
+            null = moved(null_condition(text, condition, sampling.negative_prompt or ""), "cpu")
         conditions.append((moved(condition, "cpu"), null))
     return conditions
 
@@ -232,7 +231,7 @@ def decode(codec, latents, durations=None, batch_size=16, progress=False, say=la
         frames = min(math.ceil(max(samples[rows]) / codec.hop) + 1, latents.shape[1])
         decoded = codec.decode(latents[rows].to(weight), frames=frames)         # (B, channels, N)
         for audio, n in zip(decoded.float().cpu(), samples[rows]):
-            peak = audio.abs().max().item()
+            peak = audio[:, :n].abs().max().item()
             if peak > 1:
                 say(f"a clip passes full scale by {20 * math.log10(peak):.1f} dB: limited")
             audios.append(limited(audio, codec.sampling_rate)[:, :n])
@@ -255,19 +254,18 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
     shape = model.flow.config["audio_seq_len"], model.flow.config["in_channels"]
     quicken(model.flow, 2 * min(batch_size, len(prompts)) * shape[0])
     indices = range(len(prompts)) if indices is None else indices
-    for number, condition in enumerate(tqdm(conditions, "batches", disable=len(conditions) == 1)):
-        rows = range(len(prompts))[number * batch_size:][:batch_size]
-        own = slice(rows.start, rows.stop)
-        if done and all(done[row] for row in rows):
+    for number, condition in enumerate(tqdm(conditions, "batches", delay=2)):
+        own = slice(number * batch_size, (number + 1) * batch_size)
+        if done and all(done[own]):
             continue
         x0 = noise_for(seed, indices[own], shape) if noise is None else noise[own]  # (B, L, C)
         latents = sample_latents(model, prompts[own], durations[own], sampling=sampling,
                                  batch_size=batch_size, conditions=[condition], noise=x0,
                                  progress=True)
-        if own.stop == len(prompts):
+        if own.stop >= len(prompts):
             model.flow = None                               # decoding needs its memory
         audios = decode(model.codec, latents, durations[own], batch_size, say=print)
-        for row, audio in zip(rows, audios):
+        for row, audio in enumerate(audios, own.start):
             yield row, audio, rate
 
 
@@ -331,15 +329,21 @@ def main(argv=None):
             raise UserError(f"a duration of {seconds} s: at most {config.max_duration:g} s here")
     rows = [row for row in rows for _ in range(args.num_samples)]
 
-    # the files that they will be, and what these depend on
+    # the files that they will be, and what they depend on
     paths = output_paths(args.output, [row["prompt"] for row in rows])
     check_writable(*paths)
     made_from = {name: relative_to_here(getattr(args, name)) for name in MADE_FROM}
+    made_from["negative_prompt"] = args.negative_prompt and well_formed(args.negative_prompt)
     made_from |= {"dtype": str(dtype), "checkpoint": policy_hash(folder), "code": code_hash()}
     places = []                                                     # (path, is it there, record)
-    for first, path, row in zip(count(args.first_index, args.best_of), paths, rows):
-        record = {**row, "index": first, **made_from}
-        places.append((*place_of(path, record), record))
+    for number, (path, row) in enumerate(zip(paths, rows)):
+        index = args.first_index + number * args.best_of
+        if args.noise == "official":                # it is alike for all prompts
+            index = number % args.num_samples
+        record = {**row, "index": index, **made_from}
+        place, is_there = place_of(path, record)
+        has_all = is_there and (place.with_suffix(".png").exists() or not args.plot)
+        places.append((path, has_all, record))
 
     # prompts -> latents -> audio, batch after batch
     rows = [row for row in rows for _ in range(args.best_of)]       # of each candidate
@@ -356,15 +360,15 @@ def main(argv=None):
                             args.batch_size, noise, device, dtype, args.max_text_length, done)
     candidates = []
     for row, audio, rate in made if not all(done) else ():
-        candidates.append(audio)
-        path, is_there, record = places[row // args.best_of]
-        if (row + 1) % args.best_of or is_there:
-            candidates = [] if is_there else candidates
+        number, candidate = divmod(row, args.best_of)
+        path, is_there, record = places[number]
+        candidates = [*candidates, audio] if candidate else [audio]
+        if is_there or candidate + 1 < args.best_of:
             continue
 
         # the best candidate, at one loudness, is written
         audio = best_audio(scores, candidates, rate, record["prompt"])
-        candidates = []
+        path, _ = place_of(path, record)                    # another command may have taken it
         if args.lufs is not None:
             audio = normalise_loudness(audio, rate, args.lufs, args.true_peak)[0]
         if args.plot:

@@ -308,6 +308,8 @@ def load_all(args, rank, device):
     samples = round(flow.config["max_duration"] * codec.sampling_rate)
     data, held = (manifest_data if args.data else world_data)(args, codec, encoder, samples)
     if args.score_column:
+        if not args.data:
+            raise UserError("--score_column needs --data: the built-in world has no scores")
         known = data.scores[~data.scores.isnan()]
         if len(known.unique()) < 2:
             raise UserError("--score_column is empty or the same in every row: name another column")
@@ -341,7 +343,7 @@ def decisive_settings(args, data):
     if args.epochs:
         args.steps = math.ceil(args.epochs * len(data.rows) / (args.batch_size * args.processes))
     config = Path(args.out) / "config.json"
-    if args.warmup_steps is None and not args.decay and config.is_file():
+    if args.warmup_steps is None and not args.decay and config.with_name("state.pt").is_file():
         with reading(config):                   # the run's own, which followed from fewer steps
             args.warmup_steps = read_json(config).get("training", {}).get("warmup_steps")
     if args.warmup_steps is None:
@@ -394,8 +396,9 @@ def train_in(out, args):
         while True:
             last = step >= args.steps or bool(out_of_time)
             # log the steps since the last row; a run that has just resumed has none
-            validates = last or step % args.val_every == 0
-            if rank == 0 and (losses or step == 0) and (validates or step % args.log_every == 0):
+            validates = last and not stopped or step % args.val_every == 0
+            logs = validates or last or step % args.log_every == 0
+            if rank == 0 and (losses or step == 0) and logs:
                 row = {"step": step, "minutes": minutes}
                 if losses:
                     row |= {"loss": float(np.mean(losses)), "lr": rate, "grad_norm": norm}

@@ -28,9 +28,9 @@ from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, choose_de
                         generator, locked, parse_flags, read_json, reading, run_main,
                         stop_on_signal, write_json)
 from lib.fast import quicken_codec
-from lib.mel import MelVAE
+from lib.mel import LogMel, MelVAE
 from lib.oobleck import OOBLECK_DEFAULTS, Oobleck
-from lib.weights import (draw_log, empty, find_weights, fitting, learning_rate, load_state,
+from lib.weights import (draw_log, find_weights, learning_rate, load_state,
                          load_weights, model_folder, read_config, resolve, save_module, save_state,
                          set_rate, trim_log)
 from world.scenes import World
@@ -96,11 +96,11 @@ def load_codec(name, device="cpu"):
     folder, config, kind = codec_place(name)
     codec = make_codec(kind, config, "meta")
     weights = find_weights(folder, "vae.safetensors")           # or diffusion_pytorch_model
-    statistics = "latent_mean", "latent_std"                    # not in official files
-    fitting(codec, weights, statistics)
-    # the mel codec keeps filters that are no weights
-    codec = make_codec(kind, config) if kind == "mel" else empty(codec)
-    load_weights(codec, weights, statistics)
+    load_weights(codec, weights, ("latent_mean", "latent_std"), torch.float32)
+    if kind == "mel":                                           # its front end is no weights
+        codec.mel = LogMel(**codec.config["mel"])
+        if "latent_mean" not in weights.shapes:                 # official: raw latents
+            codec.latent_std.copy_(codec.latent_mean.zero_() + 1)
     return quicken_codec(codec.to(device).requires_grad_(False).eval())
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import FLAGS, Judges, Sampler, compare, sampled
-from lib.common import (BASE, check_writable, choose_device, flag, parse_commands, run_main,
-                        write_report)
+from lib.common import (BASE, UserError, check_writable, choose_device, flag, parse_commands,
+                        run_main, write_report)
 from model import load_model
-from reward import best_of
 from sample import Sampling
 from world.scenes import World, render_clips
 
@@ -24,6 +23,14 @@ COMMANDS = {"best_of": ("Best of N by the reward", {
     "what": [flag("--checkpoint", str(BASE), "model folder or hub id"),
              flag("--counts", [1, 5, 10, 15], "the N (paper: the same)", 1, 1000, nargs="+")],
     **{name: FLAGS[name] for name in ("prompts", "sampler", "who judges", "run")}})}
+
+
+def best_of(scores):
+    """Index of each prompt's best clip: scores (M, N) -> (M,); the first of equals, never NaN."""
+    scores = np.asarray(scores, dtype=float)
+    if np.isnan(scores).all(1).any():
+        raise UserError("all rewards of a prompt are NaN; is its audio silent?")
+    return np.nanargmax(scores, axis=1)
 
 
 def best_of_counts(judges, model, scenes, real, counts, sampler, draws):

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import html
 import itertools
+import json
 import os
 import re
 import textwrap
@@ -27,7 +28,7 @@ from torch.nn.functional import avg_pool1d, conv1d, interpolate, max_pool1d, pad
 from tqdm import tqdm
 
 from lib.common import (UserError, atomic_path, check_writable, flag, need, parse_flags, picture,
-                        read_json, reading, run_main, warn, write_text)
+                        reading, run_main, warn, write_text)
 
 FLAGS = {"loudness": [
     flag("files", None, "sound files", nargs="+"),
@@ -142,8 +143,9 @@ def usable(items, read, what):
             silent_files.clear()
             shown = ", ".join(names[:20])
             warn(f"{len(names)} sounds are silent, or their channels cancel: {shown}")
-    if errors and not good:
-        raise UserError(f"the {len(errors)} {what} cannot be used: {errors[0]}")
+    if not good:
+        reason = errors[0] if errors else "there are none"
+        raise UserError(f"the {len(errors)} {what} cannot be used: {reason}")
 
 
 def read_audio(path, sampling_rate, channels, seconds=None, crop="center"):
@@ -283,14 +285,16 @@ def place_of(path, record):
 
     record: all that a sample depends on, which stands beside its WAV as JSON.
     """
+    own = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()    # as write_json
     for number in itertools.count(1):
         place = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
         about = place.with_suffix(".json")
-        if not place.exists():
-            return place, False
-        if about.is_file() and read_json(about) == record:
+        is_own = about.is_file() and about.read_bytes() == own
+        if is_own and place.exists():
             print(f"{place} is there already, of the same settings and code")
             return place, True
+        if not place.exists() and (is_own or not about.exists()):
+            return place, False
 
 
 def write_clips(out, column, clips, asked, rate, count=8):

@@ -9,7 +9,7 @@ Nothing here knows about audio or models. Skip it at a first reading.
 import argparse
 import contextlib
 import errno
-import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def reading(path, remedy="download or write it again"):
     no list of checks can foresee what a damaged or made-up file holds."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or path} is missing") from error
@@ -84,15 +85,16 @@ def run_main(main):
 @contextlib.contextmanager
 def stop_on_signal():
     """Around a loop that saves: yield a list that the first Ctrl-C or SIGTERM fills; a second one
-    stops at once. After such a block KeyboardInterrupt. Not in the main thread: nothing of it."""
+    stops at once. Raises KeyboardInterrupt when the block ends after a signal."""
     caught = []
     def catch(number, frame):
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-        os.write(2, b"\nstopping after this step; again: at once\n")    # print may be at work
+        with contextlib.suppress(OSError):      # os.write, because print may be at work
+            os.write(2, b"\nstopping after this step; again: at once\n")
     here = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGINT, signal.SIGTERM] * here
+    numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
     old = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
@@ -305,7 +307,7 @@ def writing(path, temporary=None):
             raise
     except OSError as error:
         reason = f"cannot write {path}: {error.strerror}; choose another place"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.ENOSPC:
             there = next(filter(os.path.exists, Path(path).absolute().parents))
             size = os.path.getsize(temporary) if temporary and temporary.exists() else 0
             size = (size + shutil.disk_usage(there).free) / 1e6
@@ -319,8 +321,10 @@ def atomic_path(path):
     temporary one, no empty folder is left. Raises UserError."""
     path = Path(path)
     # in a folder, because safetensors makes a temporary file of its own
-    temporary = path.with_name(f".{path.name}.writing") / path.name
-    shutil.rmtree(temporary.parent, ignore_errors=True)     # of a killed run
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing") / path.name
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.writing"):
+        if time.time() - os.path.getmtime(old) > 3600:      # of a killed run
+            shutil.rmtree(old, ignore_errors=True)
     with writing(path), folder_for(temporary):
         try:
             with writing(path, temporary):
@@ -342,20 +346,21 @@ def check_writable(*paths):
 
 @contextlib.contextmanager
 def locked(folder):
-    """In the block no other process has the folder, which is made; UserError: one has. A lock dies
-    with its process. Of torchrun's processes the first one locks."""
+    """Make a folder and lock it for the block. UserError if another process holds the lock, which
+    dies with its process. Of torchrun's processes the first one locks."""
     if fcntl is None or int(os.environ.get("RANK", 0)) > 0:
         yield
         return
     path = Path(folder) / ".lock"
     check_writable(path)
     with folder_for(path), open(path, "a") as file:
-        os.register_at_fork(after_in_child=file.close)      # a worker may outlive a killed run
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             remedy = "wait for it, or choose another folder"
             raise UserError(f"{folder} is in use by another process; {remedy}") from None
+        except OSError as error:            # some network file systems know no locks
+            warn(f"{folder} cannot be locked ({error.strerror}): start one run at a time there")
         if os.path.exists(path) and os.path.samefile(path, file.fileno()):
             try:
                 yield
@@ -416,15 +421,6 @@ def file_hash(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@functools.cache
-def code_hash():
-    """A short hash of this repository's code: what other code kept is not taken for this one's."""
-    digest = hashlib.sha256()
-    for path in sorted([*HERE.glob("*.py"), *HERE.glob("lib/*.py"), *HERE.glob("world/*.py")]):
-        digest.update(path.relative_to(HERE).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def settings_key(settings):

@@ -11,6 +11,7 @@ A run's folder is a model folder plus `log.jsonl` and `state.pt`, all that a res
 atomic file. What stands beside it is written again then: a kill between two files mixes no steps.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -24,13 +25,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib.common import (UserError, atomic_path, check_settings, choose_device, code_hash,
+from lib.common import (HERE, UserError, atomic_path, check_settings, choose_device,
                         fast_bfloat16, file_hash, picture, read_json, read_jsonl, reading,
                         write_jsonl)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# what other projects call a file
-OTHER_NAMES = {"model": "pytorch_model", "vae": "diffusion_pytorch_model"}
+OTHER_NAMES = {"model": "pytorch_model", "vae": "diffusion_pytorch_model"}      # elsewhere
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BROKEN = "it is not a whole safetensors file; download or write it again"
 
@@ -93,32 +93,23 @@ def find_weights(folder, name):
     raise UserError(f"{path} is missing; pass a whole model folder")
 
 
-def fitting(module, weights, optional=()):
-    """The names `weights` has for `module`, which may be on the meta device: all but `optional` ones
-    that either lacks. Raises UserError listing the other names and shapes that differ."""
+@torch.no_grad()
+def load_weights(module, weights, optional=(), dtype=None):
+    """Copy `weights` into `module`, cast, one at a time -> the module; with `dtype` it comes from
+    the meta device and gets memory. `optional`: names that either may lack. Raises UserError
+    listing the other names and shapes that differ, before any memory is taken."""
     here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     there = dict(weights.shapes)
     for name in set(optional) - (here.keys() & there.keys()):
         here.pop(name, None)
         there.pop(name, None)
-    problems = []
-    for name in here | there:
-        wanted, found = here.get(name), there.get(name)             # shapes; None: no such name
-        if wanted != found:
-            problems.append(f"{name} is {found}, expected {wanted}")
+    differ = [name for name in here | there if here.get(name) != there.get(name)]
+    problems = [f"{name} is {there.get(name)}, expected {here.get(name)}" for name in differ]
     if problems:
         first = "; ".join(problems[:6])
         raise UserError(f"{weights.what} does not fit its config in {len(problems)} names: {first}")
-    return list(here)
-
-
-@torch.no_grad()
-def load_weights(module, weights, optional=(), dtype=None):
-    """Copy `weights` into `module`, cast to its dtype, one at a time -> the module. One on the meta
-    device gets memory, in `dtype`, once all are known to be `fitting`. Raises UserError."""
-    names = fitting(module, weights, optional)
     own = (empty(module, dtype) if dtype else module).state_dict()
-    for name in names:
+    for name in here:
         own[name].copy_(weights[name])
     return module
 
@@ -165,6 +156,15 @@ def read_header(path, key):
             return dict(json.loads(file.metadata()[key]))
 
 
+@functools.cache
+def code_hash():
+    """A short hash of this repository's code: what other code kept is not taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted([*HERE.glob("*.py"), *HERE.glob("lib/*.py"), *HERE.glob("world/*.py")]):
+        digest.update(path.relative_to(HERE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def module_hash(module):
     """SHA-256 over the names, types and bytes of a module's tensors, as they are in memory."""
     digest = hashlib.sha256()
@@ -191,9 +191,10 @@ def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
 def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
     """A local model folder as it is; else, of owner/name on the hub, its `files`. UserError."""
     folder = Path(name)
-    inside = sorted(folder.glob("*_[0-9]/tangoflux.safetensors"))
+    inside = list(folder.glob("*_[0-9]*/tangoflux.safetensors"))
     if inside and not (folder / "tangoflux.safetensors").exists():
-        raise UserError(f"{folder} is a run, not a model: take {inside[-1].parent}")
+        newest = max(inside, key=os.path.getmtime).parent
+        raise UserError(f"{folder} is a run, not a model: take {newest}")
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():

@@ -192,11 +192,15 @@ def test_one_process_in_a_folder_that_is_gone_after_wrong_input(claps, tmp_path,
 def test_other_code_in_the_middle_of_a_run_is_said(tmp_path, capsys):
     flags = parse_flags("", crpo.FLAGS, [], {})
     for kept, said in (({}, False), ({"code": "other"}, True)):
-        write_json(tmp_path / "config.json", {**kept, "noise": "x"})
+        write_json(tmp_path / "config.json", {**kept, "noise": "x", "ears": []})
         crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
         assert ("begun by other code" in capsys.readouterr().err) == said
     crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
     assert capsys.readouterr().err == ""                                        # once
+    write_json(tmp_path / "config.json", {"num_layers": 2})                     # of a model that train_fm.py made
+    with pytest.raises(UserError, match="holds another model or run"):
+        crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
+    assert read_json(tmp_path / "config.json") == {"num_layers": 2}
 
 
 def test_every_trained_tensor_moves_and_nothing_else(whole):

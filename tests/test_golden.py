@@ -27,7 +27,7 @@ import train_fm
 from bench import full_size
 from conftest import ROOT, TINY, TINY_MEL, TINY_OFFICIAL, noise, planted
 from data import open_cache, prepare, world_cache
-from experiments import toy
+from experiments import alignment, toy
 from lib import audio as sound, fast, mel, oobleck, text, weights
 from lib.common import ALIGNED, BASE, derive_seed, generator, parse_flags, pick, read_jsonl
 from lib.text import encode_prompts, null_condition
@@ -241,7 +241,7 @@ class Goldens:
 
     def pairs_and_best():
         clips = [[0.1, 0.5, 0.2], [0.3, 0.3, 0.3], [np.nan, 1.0, 0.0], [0.9, 0.1, 0.9]]
-        winners, losers, kept, best = (array.tolist() for array in (*reward.make_pairs(clips), reward.best_of(clips)))
+        winners, losers, kept, best = (array.tolist() for array in (*reward.make_pairs(clips), alignment.best_of(clips)))
         blend = expert_iteration.z_blend(*np.random.default_rng(0).standard_normal((2, 40)))
         places = [expert_iteration.best_places(blend, keep).tolist() for keep in (0.1, 5, 1)]
         return {"winners": winners, "losers": losers, "kept": kept, "best": best, "blend": blend, "places": places}

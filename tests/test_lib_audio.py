@@ -129,7 +129,7 @@ def test_what_cannot_be_read_is_named_and_counted(capsys):
     first = list(itertools.islice(audio.usable([1, 2, 3], read, "numbers"), 1))         # who stops early is told, too
     assert first == [(2, 1)] and "1 is odd" in capsys.readouterr().err
     refused("the 2 numbers cannot be used: 1 is odd", list, audio.usable([1, 3], read, "numbers"))
-    assert list(audio.usable([], read, "numbers")) == []
+    refused("the 0 numbers cannot be used: there are none", list, audio.usable([], read, "numbers"))
     assert list(audio.usable([2], read, "numbers")) == [(2, 1)] and capsys.readouterr().err == ""
 
 

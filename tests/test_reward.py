@@ -11,7 +11,8 @@ from conftest import PARITY, planted, refused, relative_error
 import reward
 from lib.audio import fit_audio, read_audio, write_wav
 from lib.common import UserError, generator, read_json, read_jsonl, write_jsonl
-from reward import best_of, build_clap, load_clap, make_pairs
+from experiments.alignment import best_of
+from reward import build_clap, load_clap, make_pairs
 from world import ears, train_ranker
 from world.train_clap import new_clap
 
