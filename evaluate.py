@@ -26,9 +26,9 @@ import torch
 
 from data import DATA_FLAGS, SOUND_SUFFIXES, load_clip, read_rows
 from lib.audio import fit_audio, listening_page, resample, usable, write_clips
-from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device,
-                        flag, markdown, parse_flags, relative_to_here, run_main,
-                        settings_key, write_jsonl, write_report)
+from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device, flag,
+                        markdown, parse_flags, reading, relative_to_here, run_main, settings_key,
+                        write_jsonl, write_report)
 from lib.text import number, tables
 from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
@@ -93,7 +93,6 @@ def kl_divergence(generated, reference, smallest=1e-6):
 
 def bootstrap(statistic, count, draws=1000, seed=0):
     """95 % interval [low, high] of statistic(rows), `count` rows drawn anew; NaN is left out.
-
     Of fewer than FEWEST rows NaN: they would lie too close together."""
     if count < FEWEST:
         return [math.nan, math.nan]
@@ -138,7 +137,8 @@ def judged(path, judges, clips_of, scenes):
     if not Path(path).is_file():
         found = judges.judge(clips_of(), scenes)
         save_tensors(path, {name: torch.from_numpy(array) for name, array in found.items()})
-    found = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+    with reading(path, "delete it: its clips are judged again"):
+        found = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
     return {"silent": np.full(len(found["reward"]), np.nan), **found}       # of older runs: "-"
 
 

@@ -15,6 +15,7 @@ from experiments import toy
 from lib.audio import write_wav
 from lib.common import read_jsonl, write_jsonl
 from lib.text import make_text_encoder
+from lib.weights import save_tensors
 from model import TangoFlux, save_model
 from sample import Sampling
 from vae import make_codec
@@ -127,6 +128,8 @@ def test_judged_sets_are_kept(place, tmp_path):
     plain = [evaluate.Asked(scene.prompt, scene.duration) for scene in scenes]
     outside = judges.judge(clips, plain)
     assert outside.keys() == {"reward", "judge", "silent", "features"} and np.array_equal(outside["judge"], first["judge"])
+    save_tensors(tmp_path / "y.safetensors", {"reward": torch.zeros(2, dtype=torch.float8_e4m3fn)})
+    refused("y.safetensors cannot be used", evaluate.judged, tmp_path / "y.safetensors", None, None, None)
     assert outside["features"].shape != first["features"].shape                              # CLAP's, not the tagger's
 
 
