@@ -373,7 +373,7 @@ def locked(folder):
 
 def write_text(path, text):
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")    # surrogates
 
 
 def write_json(path, value):
@@ -391,7 +391,8 @@ def read_json(path, kind=object):
 
 def append_jsonl(path, row):
     """Append a JSON object as a line; a kill leaves at most a torn last line (see read_jsonl)."""
-    with writing(path), folder_for(Path(path)), open(path, "a", encoding="utf-8") as file:
+    surrogates = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with writing(path), folder_for(Path(path)), open(path, "a", **surrogates) as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -191,10 +191,9 @@ def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
 def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
     """A local model folder as it is; else, of owner/name on the hub, its `files`. UserError."""
     folder = Path(name)
-    inside = list(folder.glob("*_[0-9]*/tangoflux.safetensors"))
+    inside = max(folder.glob("*_[0-9]*/tangoflux.safetensors"), key=os.path.getmtime, default=None)
     if inside and not (folder / "tangoflux.safetensors").exists():
-        newest = max(inside, key=os.path.getmtime).parent
-        raise UserError(f"{folder} is a run, not a model: take {newest}")
+        raise UserError(f"{folder} is a run, not a model: take {inside.parent}")
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():
@@ -472,8 +471,9 @@ def load_state(out, parameters, optimizer, average, settings, product="tangoflux
         optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in optimizer.state.items():
             shapes = {moment.shape for moment in moments.values() if moment.ndim}
-            if shapes - {parameter.shape}:
-                raise ValueError("the optimizer's moments have other shapes than its weights")
+            known = moments.keys() in ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
+            if shapes - {parameter.shape} or not known:
+                raise ValueError("the optimizer's moments are not those of its weights")
         return int(state["step"]), state.get("minutes", 0.0)
 
 

@@ -401,3 +401,10 @@ def test_a_damaged_state_is_refused(tmp_path, damage):
     else:
         torch.save(state | damage, path)
     refused("state.pt cannot be used: .*delete it to start anew", load_state, tmp_path, *state_of(1), {"seed": 0})
+
+
+def test_half_a_character_is_written_and_read_again(tmp_path):
+    """A lone surrogate, which JSON may hold as an escape and UTF-8 may not."""
+    common.write_json(tmp_path / "a.json", {"prompt": "\ud800 rain"})
+    append_jsonl(tmp_path / "a.jsonl", {"prompt": "\ud800 rain"})
+    assert read_json(tmp_path / "a.json") == read_jsonl(tmp_path / "a.jsonl")[0] == {"prompt": "\ud800 rain"}
