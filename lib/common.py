@@ -323,7 +323,8 @@ def atomic_path(path):
     # in a folder, because safetensors makes a temporary file of its own
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing") / path.name
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.writing"):
-        if time.time() - os.path.getmtime(old) > 3600:      # of a killed run
+        dead = os.path.isdir("/proc/self") and not os.path.isdir(f"/proc/{old.suffixes[-2][1:]}")
+        if dead or time.time() - os.path.getmtime(old) > 3600:      # of a killed run
             shutil.rmtree(old, ignore_errors=True)
     with writing(path), folder_for(temporary):
         try:

@@ -489,7 +489,7 @@ def trim_log(out, step):
 def draw_log(out, panels, name="loss.png"):
     """Draw out/log.jsonl: a panel for each (title, "log" or "linear", {label: key of a row})."""
     rows = read_jsonl(Path(out) / "log.jsonl")
-    with picture(Path(out) / name, 5.5, 4, len(panels)) as axes:
+    with reading(f"the log in {out}"), picture(Path(out) / name, 5.5, 4, len(panels)) as axes:
         for axis, (title, scale, curves) in zip(axes or [], panels):
             for label, key in curves.items():
                 points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]

@@ -118,7 +118,8 @@ def test_what_a_killed_run_was_writing_goes_when_the_file_is_written(tmp_path):
     other.kill()
     other.wait()
     assert [path.name[:3] for path in tmp_path.iterdir()] == [".a."]
-    os.utime(next(tmp_path.iterdir()), (0, 0))                  # long ago: of no process that still writes
+    if not os.path.isdir("/proc/self"):
+        os.utime(next(tmp_path.iterdir()), (0, 0))              # where nobody tells, it must be old
     common.write_text(tmp_path / "a.txt", "whole")
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"] and (tmp_path / "a.txt").read_text() == "whole"
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o644
