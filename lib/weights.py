@@ -32,6 +32,7 @@ from lib.common import (HERE, UserError, atomic_path, check_settings, choose_dev
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_NAMES = {"model": "pytorch_model", "vae": "diffusion_pytorch_model"}      # elsewhere
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+parsed_config = functools.lru_cache(64)(lambda path, changed: read_json(path, dict))    # once
 BROKEN = "it is not a whole safetensors file; download or write it again"
 
 
@@ -95,9 +96,8 @@ def find_weights(folder, name):
 
 @torch.no_grad()
 def load_weights(module, weights, optional=(), dtype=None):
-    """Copy `weights` into `module`, cast, one at a time -> the module; with `dtype` it comes from
-    the meta device and gets memory. `optional`: names that either may lack. Raises UserError
-    listing the other names and shapes that differ, before any memory is taken."""
+    """Copy `weights` into `module`, cast -> the module; with `dtype` it comes from the meta device
+    and gets memory after the check. `optional`: names that either may lack. Raises UserError."""
     here = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     there = dict(weights.shapes)
     for name in set(optional) - (here.keys() & there.keys()):
@@ -203,12 +203,12 @@ def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*"))
 
 def read_config(folder):
     """The dict in folder/config.json. Raises UserError if it is missing or no JSON object."""
-    return read_json(Path(folder) / "config.json", dict)
+    path = Path(folder) / "config.json"
+    return parsed_config(path, path.is_file() and (path.stat().st_mtime_ns, path.stat().st_ino))
 
 
 def resolve(folder, part):
-    """(folder that really holds `part`, its config): "flow", "vae" or "text_encoder", through the
-    references {part: relative folder} of config.json. Raises UserError."""
+    """(folder that holds `part`, its config), through the references {part: folder}; UserError."""
     folder = Path(folder)
     for _ in range(8):
         config = read_config(folder)

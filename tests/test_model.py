@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import ROOT, assert_layout, noise, relative_error
 
-from lib.common import UserError, read_json
+from lib.common import write_json, UserError, read_json
 from lib.text import Condition, concat_conditions, encode_prompts, make_text_encoder, moved, null_condition, null_tokens
-from lib.weights import save_tensors
+from lib.weights import read_config, save_tensors
 from model import PRESETS, ModelConfig, TangoFlux, load_model, rope_tables, save_model
 
 WORDS = "a violin followed by rain and then three beeps church-organ".split()
@@ -232,3 +232,9 @@ def test_a_config_is_what_its_file_holds():
 def test_importing_model_does_not_import_transformers():
     code = "import sys, model; sys.exit('transformers' in sys.modules or 'tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_config_is_parsed_once_for_each_time_that_it_changes(tmp_path):
+    for value in (1, 2, 2):
+        write_json(tmp_path / "config.json", {"num_layers": value})
+        assert read_config(tmp_path) == {"num_layers": value} and read_config(tmp_path) is read_config(tmp_path)
