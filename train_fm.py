@@ -55,6 +55,7 @@ FLAGS = {"model": [
     flag("--relations", [0.14, 0.24, 0.34, 0.28], "weights of scenes with one sound, two at once, "
          "two in order, three in order", 1e-6, 1e6, nargs=4),
     flag("--counted", 0.35, "share of countable sounds whose number is named", 0, 1),
+    flag("--weak", 0.0, "share of captions false in one thing (paper: WavCaps' are machine-made)", 0, 1),
     flag("--validation_fraction", 0.05, "held-out share of a manifest's files", 0, 0.99),
     flag("--cache", None, "folder of the latents; none: in cache/, named after the data"),
     flag("--workers", 2, "processes that render or read clips; 0: this one", 0, 256),
@@ -253,7 +254,7 @@ def world_data(args, codec, encoder, samples):
         scenes = math.ceil(visited / 256) * 256
         folder = default_folder(None, f"train_{scenes}")
     cache = world_cache(folder, codec, "train", scenes, args.world_seed, samples, args.workers,
-                        relations=tuple(args.relations), counted=args.counted)
+                        relations=tuple(args.relations), counted=args.counted, weak=args.weak)
     folder = f"{args.cache}_val" if args.cache else default_folder(None, "val")
     held = world_cache(folder, codec, "val", args.val_scenes, 0, samples, args.workers)
     text = encoder, args.max_text_length, not args.train_text

@@ -203,15 +203,20 @@ class World:
     duration: float = None  # seconds of sound; None: 1 to 4
     relations: tuple = (0.14, 0.24, 0.34, 0.28)  # weights of the rows of CAPTIONS
     counted: float = 0.35   # share of the countable events that prompts count
+    weak: float = 0.0       # share of the captions that are false in one thing, as on the web
 
     def settings(self):
-        """What decides the scenes, for cache keys; "events" only if the table has changed."""
+        """What decides the scenes, for cache keys; "weak", "events" only if they are not as ever."""
         table = derive_seed(*EVENT_NAMES)
-        events = {} if table == FIRST_EVENTS else {"events": table}
-        return {"world": 1, **asdict(self), "relations": list(self.relations), **events}
+        settings = {"world": 1, **asdict(self), "relations": list(self.relations)}
+        if not self.weak:
+            del settings["weak"]
+        if table != FIRST_EVENTS:
+            settings["events"] = table
+        return settings
 
     def rng(self, index, purpose):
-        """The random stream of scene `index`: "scene", "audio" or "degradation"."""
+        """The random stream of scene `index`: "scene", "audio", "degradation" or "weak"."""
         return np.random.default_rng(derive_seed("world", self.split, self.seed, index, purpose))
 
     def draw_names(self, rng, number):
@@ -249,6 +254,9 @@ class World:
         scene = Scene(index, prompt, relation, laid_out(asked, times), duration)
         if rng.random() < self.degraded:
             scene.degradation = str(rng.choice(DEGRADATIONS)), round(rng.random(), 4)
+        rng = self.rng(index, "weak")
+        if rng.random() < self.weak:            # the prompt lies, the events stay the truth
+            scene.prompt = caption(rng, *almost(rng, relation, asked))
         return scene
 
     def render(self, index):
