@@ -2,7 +2,8 @@
 
     python crpo.py                                  # the bundled base model, 5 iterations, on a CPU
     python crpo.py --iterations 1 --prompts 64 --eval_prompts 64 --out runs/quick    # some minutes
-    python crpo.py --offline --fm_weight 0 --out runs/dpo      # L_DPO-FM, the base's pairs (Fig. 2)
+    python crpo.py --offline --loss dpo --out runs/dpo         # L_DPO-FM, the base's pairs (Fig. 2)
+    python crpo.py --loss nft --out runs/nft                   # other losses: see lib/losses.py
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)
 
 Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where it is found: a killed
@@ -10,7 +11,8 @@ run ends with the same bits. Clip i is made from (seed, i).
 
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEANS over (L, C), as the code (Eq. 2: sums, no 0.5, that is
-    --reduction sum --half 1; the paper's beta is not given); L_FM stays a mean (Eq. 5);
+    --reduction sum --half 1); as a likelihood is a sum, the code's 2000, at 645 x 64, is 2000 L C /
+    (645 * 64) elsewhere, 149 in the toy (docs/differences.md); L_FM stays a mean (Eq. 5);
   - t is logit-normal, as the code (Eq. 2: uniform), but nearer to noise (code: --t_mean 0) and
     continuous (code: 1000 values); a pair shares noise and t, as the code (Eq. 2 does not say);
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
@@ -28,13 +30,11 @@ import shlex
 import shutil
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import read_pairs, read_prompts
@@ -42,17 +42,17 @@ from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
                         choose_device, flag, generator, locked, parse_flags, pick, read_json,
                         read_jsonl, reading, relative_to_here, run_main, side_by_side,
-                        stop_on_signal, warn, whole_blocks, write_json, write_jsonl, write_report)
+                        stop_on_signal, whole_blocks, write_json, write_jsonl, write_report)
 from lib.fast import quicken
-from lib.text import concat_conditions, MAX_TOKENS, null_score
+from lib.losses import LOSSES, PAIRS, noisy_path, path_step
+from lib.text import concat_conditions, null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
                          save_state, save_tensors, set_rate, trainable, trim_log, update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
-from reward import JUDGE, REWARD, make_pairs
-from sample import Sampling, decode, default_duration, sample_latents
-from train_fm import (Batch, epoch_order, flow_matching_loss, interpolate, logit_normal_t,
-                      text_condition)
+from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, training_data
+from sample import SOLVERS, Sampling, decode, default_duration, guide, sample_latents
+from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from vae import encode_pairs
 from world.scenes import World, render_clips
 
@@ -67,7 +67,13 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--pairs", None, "static preference set instead, one iteration (paper 4.3)"),
     flag("--audio_dir", None, "folder of its sounds; none: beside the file"),
 ], "preference loss (Eq. 2, 3)": [
-    flag("--beta", 2000.0, "strength of the preference (official: 2000; paper: not given)", 0),
+    flag("--loss", "crpo", "crpo, its dpo alone, or of all clips (paper A.11: grpo)",
+         choices=list(LOSSES)),
+    flag("--beta", None, "strength of the preference, of means over (L, C); none: 2000 at the "
+         "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
+    flag("--pairs_per_prompt", 1, "pairs: best and worst, second and second worst, ... (paper: 1)", 1),
+    flag("--safeguard", None, "mu: losers may not raise the winners' error (Diffusion-SDPO: 0.9)",
+         0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
     flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1; 0: L_DPO-FM alone)", 0),
@@ -80,6 +86,12 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--score_head", None, "head to run v1 or v2 weights as (second paper: v2)",
          choices=list(SCORE_HEADS)),
     flag("--score_dropout", 0.1, "share of pairs losing their score (second paper: 0.1)", 0, 1),
+], "losses of all clips (lib/losses.py)": [
+    flag("--slope", 0.8, "nft: of a clip's goodness in its advantage", 0),
+    flag("--mirror", 1.0, "nft: b, how far good and bad images lie from the old velocity", 1e-6),
+    flag("--pull", 0.0, "weight of the pull to the policy as it came (Flow-GRPO: 0.04)", 0),
+    flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
+    flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
     flag("--epochs", 24, "passes over the pairs of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "pairs of a step (paper: 48)", 1),
@@ -107,58 +119,49 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--log_every", 1, "steps between rows of log.jsonl", 1),
     flag("--save_every", 25, "steps between saves", 1),
     flag("--save_clips", 64, "clips sampled or scored between saves", 1), DTYPE, DEVICE]}
+OFFICIAL_BETA = 2000 / (645 * 64)               # of squared errors summed over (L, C)
 FREE = {"iterations", "out", "device", "log_every", "save_every", "debug"}  # a run may change these
 HELD_OUT = 50000        # first validation scene used: none that chose thresholds or the base
 NOISE = "evaluation 7"  # seed of the held-out clips: no candidates have it, whatever --seed is
 
-Loss = namedtuple("Loss", "beta half reduction fm_weight shared_noise t_distribution t_mean "
-                  "dropout score score_dropout")
+Loss = namedtuple("Loss", "loss beta half reduction fm_weight safeguard shared_noise "
+                  "t_distribution t_mean dropout score score_dropout slope mirror pull sde_noise "
+                  "clip_range steps guidance_scale")
 Optimisation = namedtuple("Optimisation", "epochs batch_size micro_batch learning_rate "
                           "warmup_steps decay beta1 beta2 weight_decay clip ema dtype score_head "
                           "log_every save_every")
 Training = namedtuple("Training", "flow reference encoder pairs loss micro_batch device autocast")
 
 
-# ----------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------- a step
 
-def dpo_fm_loss(winner, loser, reference_winner, reference_loser, beta=2000.0, half=0.5):
-    """L_DPO-FM (Eq. 2) of four errors per pair (B,) -> (loss, {"accuracy", "margin", ...: float}).
-
-    half = 0.5 as the official code, 1 as Eq. 2. At policy = reference the loss is log 2."""
-    logits = -half * beta * ((winner - loser) - (reference_winner - reference_loser))   # (B,)
-    loss = -F.logsigmoid(logits).mean()
-    parts = {"accuracy": (logits > 0).float(), "margin": logits, "dpo": loss,
-             "winner": winner, "loser": loser,
-             "reference_winner": reference_winner, "reference_loser": reference_loser}
-    return loss, {name: value.detach().mean().item() for name, value in parts.items()}
-
-
-def crpo_loss(winner, loser, reference_winner, reference_loser, beta=2000.0, half=0.5,
-              fm_weight=1.0):
-    """L_CRPO = L_DPO-FM + L_FM (Eq. 3), the winners' mean error (Eq. 5); paper: fm_weight 1."""
-    loss, parts = dpo_fm_loss(winner, loser, reference_winner, reference_loser, beta, half)
-    return loss + fm_weight * winner.mean(), parts
-
-
-def four_errors(flow, reference, condition, x1, x0, t):
-    """Errors of policy and reference: 4 x (B,); x1, x0 (2B, L, C), t (2B,): winners, losers."""
-    both = concat_conditions(condition, condition)                                      # 2B rows
-    xt, target = interpolate(x1, x0, t)
-    _, errors = flow_matching_loss(flow.velocity(xt, t, both), target)                  # (2B,)
+def two_velocities(flow, reference, xt, t, condition, null=None, guidance_scale=1.0):
+    """Velocities (B, L, C) of policy and frozen reference, guided if there is a null condition."""
+    if null is not None:
+        xt, t, condition = torch.cat([xt, xt]), t.repeat(2), concat_conditions(null, condition)
+    velocities = []
     # no torch.no_grad(): it picks another attention kernel, and in bfloat16 the reference would
     # differ from an identical policy
-    _, frozen = flow_matching_loss(reference.velocity(xt, t, both), target)
-    return *errors.chunk(2), *frozen.detach().chunk(2)
+    for network in (flow, reference):
+        velocity = network.velocity(xt, t, condition)
+        if null is not None:
+            uncond, cond = velocity.chunk(2)
+            velocity = guide(cond, uncond, guidance_scale)
+        velocities.append(velocity)
+    return velocities[0], velocities[1].detach()
 
 
-def draw_pairs(pairs, positions, loss, seed, device):
-    """Pairs `positions` of endless epochs -> Batch; x1, x0 (2B, L, C), t (2B,): winners, losers."""
-    count, *shape = pairs["mean"].shape                                         # P, (2, L, C)
+def draw_rows(data, positions, loss, seed, device):
+    """Rows `positions` of endless epochs -> Batch of K B clips, advantages (B, K).
+
+    A row's K clips share their prompt and t: a pair's winner and loser, a group, or one alone. The
+    first clip of all rows comes first; a score that is asked for is dropped as in train_fm.py."""
+    count, *shape = data["mean"].shape                                          # P, (K, L, C)
     rows, draws = [], []
     for position in positions:
-        rng = generator(seed, "pair", position)             # a pair depends on these alone
+        rng = generator(seed, "pair", position)             # a row depends on these alone
         rows.append(int(epoch_order(seed, position // count, count)[position % count]))
-        x0 = torch.randn(shape, generator=rng)                                  # (2, L, C)
+        x0 = torch.randn(shape, generator=rng)                                  # (K, L, C)
         if loss.shared_noise:
             x0 = x0[:1].expand(shape)
         if loss.t_distribution == "uniform":
@@ -170,48 +173,60 @@ def draw_pairs(pairs, positions, loss, seed, device):
         drop_score = torch.rand(1, generator=rng) < loss.score_dropout
         draws.append((x0, eps, t, drop_text, drop_score))
     x0, eps, *rest = map(torch.stack, zip(*draws))
-    t, drop_text, drop_score = (tensor[:, 0] for tensor in rest)                # (B,)
-    chosen = {name: tensor[rows] for name, tensor in pairs.items()}
-    x1 = chosen["mean"] + chosen["std"] * eps                                   # (B, 2, L, C)
+    t, drop_text, drop_score = (tensor[:, 0].repeat(shape[0]) for tensor in rest)       # (K B,)
     score = None
     if loss.score is not None:
         score = torch.where(drop_text | drop_score, null_score(t), loss.score)
-    size = chosen["mask"].sum(1).max()                                          # S
-    hidden, mask = chosen["hidden"][:, :size], chosen["mask"][:, :size]
-    x1, x0 = (each.transpose(0, 1).flatten(0, 1) for each in (x1, x0))          # (2B, L, C)
-    batch = x1, x0, t.repeat(2), None, hidden, mask, chosen["duration"], drop_text, score
-    return Batch(*(part if part is None else part.to(device) for part in batch))
+    x1 = data["mean"][rows] + data["std"][rows] * eps                           # (B, K, L, C)
+    x1, x0 = (each.transpose(0, 1).flatten(0, 1) for each in (x1, x0))          # (K B, L, C)
+    rows = torch.tensor(rows).repeat(shape[0])                                  # (K B,)
+    texts = data["text"][rows]
+    mask = data["mask"][texts]
+    size = mask.sum(1).max()                                                    # S
+    batch = (x1, x0, t, None, data["hidden"][texts, :size], mask[:, :size], data["duration"][rows],
+             drop_text, score)
+    advantage = data["advantage"][rows[:len(positions)]]                        # (B, K)
+    return Batch(*(part if part is None else part.to(device) for part in batch)), advantage
 
 
 def piece_loss(training, parameters, seed, count, positions):
-    """Errors (4, B) of some of a step's `count` pairs, and their part of its gradients."""
-    flow, reference, encoder, pairs, loss, _, device, autocast = training
-    batch = draw_pairs(pairs, positions, loss, seed, device)
+    """What to log of some of a step's `count` rows, and their part of its gradients."""
+    flow, reference, encoder, data, loss, _, device, autocast = training
+    batch, advantage = draw_rows(data, positions, loss, seed, device)
+    xt, target, t = batch.x1, None, batch.t
     with torch.set_grad_enabled(len(parameters) > 0), autocast():
-        condition = text_condition(encoder, batch)
-        errors = four_errors(flow, reference, condition, batch.x1, batch.x0, batch.t)
-        mean, _ = crpo_loss(*errors, loss.beta, loss.half, loss.fm_weight)
+        condition, null = text_condition(encoder, batch), None
+        if loss.loss == "grpo":                 # x_1 are paths, of guided steps
+            xt, target, t = path_step(batch.x1, batch.t)
+            if loss.guidance_scale != 1:
+                everything = torch.ones_like(batch.dropped)
+                null = text_condition(encoder, batch._replace(dropped=everything))
+        else:
+            xt, target = interpolate(batch.x1, batch.x0, batch.t)
+        both = two_velocities(flow, reference, xt, t, condition, null, loss.guidance_scale)
+        mean, parts = LOSSES[loss.loss](*both, xt, target, t, advantage.to(device), loss)
         part = mean * (len(positions) / count)
         gradients = torch.autograd.grad(part, parameters) if parameters else []
-    return torch.stack(errors).detach(), gradients
+    return {"loss": mean.item(), **parts}, gradients
 
 
 def loss_and_gradients(training, parameters, positions, seed):
-    """L_CRPO of the pairs at `positions` -> {"loss", "accuracy", ...}; gradients go into .grad."""
-    loss, size = training.loss, training.micro_batch
-    # a mean over pairs: pieces add up, memory is a piece's, each core takes one
+    """The loss of the rows at `positions` -> {"loss", "accuracy", ...}; gradients go into .grad."""
+    # a mean over rows: pieces add up, memory is a piece's, each core takes one
+    size = training.micro_batch
     pieces = [positions[i:i + size] for i in range(0, len(positions), size)]
     work = partial(piece_loss, training, parameters, seed, len(positions))
     cores = torch.get_num_threads() if training.device.type == "cpu" else 1
-    errors, total = [], []
+    means, total = Counter(), []
     for first in range(0, len(pieces), cores):      # summed in order, whatever the number of cores
-        for part, gradients in side_by_side(work, pieces[first:first + cores], training.device):
-            errors.append(part)
+        some = pieces[first:first + cores]
+        for piece, (parts, gradients) in zip(some, side_by_side(work, some, training.device)):
+            for name, value in parts.items():
+                means[name] += value * len(piece) / len(positions)
             total = torch._foreach_add(total, gradients) if total else gradients
     for parameter, gradient in zip(parameters, total):
         parameter.grad = gradient
-    value, parts = crpo_loss(*torch.cat(errors, 1), loss.beta, loss.half, loss.fm_weight)
-    return {"loss": value.item(), **parts}
+    return dict(means)
 
 
 # ----------------------------------------------------------------------------- optimisation
@@ -228,30 +243,14 @@ def load_policy(folder, device, score_head=None, batch_size=0):
     return model
 
 
-@torch.no_grad()
-def training_data(rows, tensors, model):
-    """Pairs, normalised, their text encoded once -> {name: (P, ...)} on the CPU, see draw_pairs."""
-    codec, scale = model.codec, model.codec.latent_std
-    ids, mask = model.text.tokenize([row["prompt"] for row in rows], MAX_TOKENS)        # (P, S)
-    batches = zip(ids.split(64), mask.split(64))
-    hidden = torch.cat([model.text.encode(*batch).cpu() for batch in batches])          # (P, S, T)
-    duration = torch.tensor([float(row["duration"]) for row in rows])
-    mean = torch.stack([tensors["winner_mean"], tensors["loser_mean"]], 1)         # (P, 2, L, C)
-    std = torch.zeros(()).expand_as(mean)                   # sampled latents have none
-    if "winner_std" in tensors:
-        std = torch.stack([tensors["winner_std"], tensors["loser_std"]], 1) / scale.cpu()
-    mean = codec.normalise(mean.to(scale.device)).cpu()
-    return {"hidden": hidden, "mask": mask.cpu(), "duration": duration, "mean": mean, "std": std}
-
-
 def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device):
-    """The model folder `policy`, trained, goes to `folder` -> losses over all pairs (Fig. 4)."""
+    """The model folder `policy`, trained, goes to `folder` -> losses over all rows (Fig. 4)."""
     model = load_policy(policy, device, how.score_head)
     flow = model.flow
     reference = copy.deepcopy(flow).requires_grad_(False)   # the policy as it came
     with reading(f"the pairs of {folder}", "delete pairs.jsonl and pairs.safetensors"):
         pairs = training_data(rows, tensors, model)
-        if len({len(part) for part in pairs.values()}) > 1:
+        if len(pairs["mean"]) != len(rows):
             raise ValueError(f"there are {len(rows)} rows for {len(pairs['mean'])} pairs")
     parameters = trainable(flow)
     optimizer = make_optimizer(parameters, (how.beta1, how.beta2), how.weight_decay)
@@ -259,10 +258,14 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     steps = math.ceil(how.epochs * len(rows) / how.batch_size)
     warmup = min(how.warmup_steps, max(1, steps // 4))
     shape = "linear" if how.decay else "constant"
-    settings = {"seed": seed, "steps": steps, "warmup": warmup, "policy": policy_hash(policy),
-                **loss._asdict(), **how._asdict(), "log_every": 0, "save_every": 0}
-    if loss.reduction == "sum":                             # Eq. 2: beta counts L C times
-        loss = loss._replace(beta=loss.beta * pairs["mean"][0, 0].numel())
+    length, channels = pairs["mean"].shape[-2:]
+    if loss.beta is None:
+        loss = loss._replace(beta=OFFICIAL_BETA * length * channels)
+    size = 1 if loss.reduction == "sum" else length * channels
+    print(f"beta {loss.beta:.6g}: {loss.half * loss.beta / size:.3g} per squared error, summed over "
+          f"{length} x {channels} (official: {0.5 * OFFICIAL_BETA:.3g})")
+    settings = {"seed": seed, "warmup": warmup, "policy": policy_hash(policy),
+                **loss._asdict(), **how._asdict(), "steps": steps, "log_every": 0, "save_every": 0}
     autocast = autocast_for(how.dtype, device)
     training = Training(flow, reference, model.text, pairs, loss, how.micro_batch, device, autocast)
     step, minutes = load_state(folder, parameters, optimizer, average, settings)
@@ -312,9 +315,9 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
 
 # ----------------------------------------------------------------------------- prompts to pairs
 
-def sampler_of(flags):
+def sampler_of(flags, solver="euler"):
     """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C)."""
-    sampling = Sampling(flags.steps, flags.guidance_scale, score=flags.score)
+    sampling = Sampling(flags.steps, flags.guidance_scale, solver, flags.score)
     return partial(sample_latents, sampling=sampling, batch_size=flags.generation_batch)
 
 
@@ -342,7 +345,8 @@ def draw_prompts(folder, pool, count, seed, iteration):
 
 
 def make_candidates(folder, model, rows, seed, sampler, save_clips):
-    """candidates.safetensors: a latent for each row (M N, L, C); clip i is made from (seed, i)."""
+    """candidates.safetensors: a latent for each row (M N, L, C); clip i is made from (seed, i).
+    With grpo's sampler all states of it, (M N, steps + 1, L, C), the latent last."""
     path, blocks = folder / "candidates.safetensors", []
     if path.is_file():
         return load_tensors(path)["latents"]
@@ -362,6 +366,7 @@ def make_candidates(folder, model, rows, seed, sampler, save_clips):
 def score_candidates(folder, model, rows, latents, scorers, origin, save_clips):
     """scores.jsonl: rows, `origin` (seed, policy), index, scores; scorers: {name: a CLAP, ...}."""
     path, rate = folder / "scores.jsonl", model.codec.sampling_rate
+    latents = latents[:, -1] if latents.ndim == 4 else latents              # of paths the end
     scored = whole_blocks(path, save_clips, len(rows))
     starts = range(len(scored), len(rows), save_clips)
     for start in tqdm(starts, "scoring", unit=f" x {save_clips}"):
@@ -373,32 +378,6 @@ def score_candidates(folder, model, rows, latents, scorers, origin, save_clips):
             scored.append({**row, **origin, "index": len(scored), **dict(zip(scorers, values))})
             append_jsonl(path, scored[-1])
     return scored
-
-
-def write_pairs(folder, scored, count, latents):
-    """pairs.jsonl, pairs.safetensors: best and worst of each prompt's `count` clips."""
-    rewards = np.array([row["reward"] for row in scored]).reshape(-1, count)            # (M, N)
-    best, worst, usable = make_pairs(rewards)
-    if not usable.all():
-        warn(f"{(~usable).sum()} of {len(usable)} prompts make no pair (equal or NaN scores)")
-    if not usable.any():
-        raise UserError("no prompt makes a pair; raise --num_samples or check --reward")
-    prompts = np.flatnonzero(usable)                                                    # (P,)
-    places = {"winner": prompts * count + best[usable], "loser": prompts * count + worst[usable]}
-    rows = [{"prompt": scored[i]["prompt"], "duration": scored[i]["duration"]}
-            for i in places["winner"]]
-    for which, indices in places.items():
-        for row, i in zip(rows, indices):
-            row[which] = f"candidates.safetensors#{i}"
-            row[f"reward_{which}"] = scored[i]["reward"]
-    return save_pairs(folder, rows, {f"{which}_mean": latents[i] for which, i in places.items()})
-
-
-def save_pairs(folder, rows, tensors):
-    """Write pairs.jsonl, then pairs.safetensors (P, L, C): the stage is done."""
-    write_jsonl(folder / "pairs.jsonl", rows)
-    save_tensors(folder / "pairs.safetensors", tensors)
-    return rows, tensors
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -428,12 +407,18 @@ def run(command="crpo.run(...)", **settings):
     with locked(out):
         judges = Judges(args.reward, args.judge, args.tagger, device)
         sampler = sampler_of(args)
+        candidates = sampler
+        if args.loss == "grpo":
+            SOLVERS["noisy"] = partial(noisy_path, noise=args.sde_noise), 1
+            candidates = sampler_of(args, "noisy")
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)
         model = load_policy(policy, device, args.score_head, args.generation_batch)
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")
+        if args.pairs and args.loss not in PAIRS:
+            raise UserError(f"--loss {args.loss} needs all clips of a prompt: leave out --pairs")
         if args.pairs:
             static = read_pairs(args.pairs, args.audio_dir)
             args.iterations = 1
@@ -454,25 +439,36 @@ def run(command="crpo.run(...)", **settings):
             folder, name = out / f"iteration_{k}", f"iteration {k}"
             source = out / "iteration_1" if args.offline else folder
             seed = args.seed * 1000 + k
-            if args.pairs and not (source / "pairs.safetensors").is_file():
-                save_pairs(source, *encode_pairs(model.codec, model.flow.config, static))
-            elif not (source / "pairs.safetensors").is_file():
-                # prompts, N candidates of each, their rewards, the best and the worst
-                prompts = draw_prompts(source, pool, args.prompts, args.seed, k)
-                asked = [row for row in prompts for _ in range(args.num_samples)]       # M N rows
-                latents = make_candidates(source, model, asked, seed, sampler, args.save_clips)
-                origin = {"seed": seed, "checkpoint": policy_hash(policy)}
-                scored = score_candidates(source, model, asked, latents, {"reward": judges.reward},
-                                          origin, args.save_clips)
-                write_pairs(source, scored, args.num_samples, latents)
-
-            # the next policy prefers the winners
             if not (folder / "report.json").is_file():
-                pairs = read_jsonl(source / "pairs.jsonl")
-                tensors = load_tensors(source / "pairs.safetensors")
-                losses = optimise(folder, policy, pairs, tensors, pick(Loss, args),
+                there = args.loss in PAIRS and (source / "pairs.safetensors").is_file()
+                if there:
+                    rows = read_jsonl(source / "pairs.jsonl")
+                    tensors = load_tensors(source / "pairs.safetensors")
+                elif args.pairs:
+                    rows, tensors = encode_pairs(model.codec, model.flow.config, static)
+                    save_pairs(source, rows, tensors)
+                else:
+                    # prompts, N candidates of each, their rewards
+                    prompts = draw_prompts(source, pool, args.prompts, args.seed, k)
+                    asked = [row for row in prompts for _ in range(args.num_samples)]   # M N rows
+                    latents = make_candidates(source, model, asked, seed, candidates,
+                                              args.save_clips)
+                    origin = {"seed": seed, "checkpoint": policy_hash(policy)}
+                    scored = score_candidates(source, model, asked, latents,
+                                              {"reward": judges.reward}, origin, args.save_clips)
+
+                    # the best and the worst, or all with their advantages
+                    if args.loss in PAIRS:
+                        rows, tensors = pairs_of(source, scored, latents, args.num_samples,
+                                                 args.pairs_per_prompt)
+                    else:
+                        size = args.num_samples if args.loss == "dgpo" else 1
+                        rows, tensors = groups_of(scored, latents, args.num_samples, size)
+
+                # the next policy prefers the winners
+                losses = optimise(folder, policy, rows, tensors, pick(Loss, args),
                                   pick(Optimisation, args), seed, f"report {args.seed}", device)
-                write_json(folder / "report.json", {**losses, "pairs": len(pairs)})
+                write_json(folder / "report.json", {**losses, "pairs": len(rows)})
 
             # what the judges say of it
             policy, before = str(folder), list(found.values())[-1]

@@ -24,7 +24,8 @@ from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device,
                         derive_seed, file_hash, flag, locked, parse_flags, read_json, read_jsonl,
                         reading, run_main, write_json, write_jsonl)
 from lib.weights import code_hash, policy_hash, save_tensors
-from reward import REWARD, TrainedRanker, load_clap
+from ranker import TrainedRanker
+from reward import REWARD, load_clap
 
 FLAGS = {"what it starts from": [
     flag("--checkpoint", "runs/score", "model with a score head (train_fm.py --score_column)"),
@@ -114,7 +115,7 @@ def run(**settings):
 
         # a run found in --out goes on under the same settings
         wanted = {name: value for name, value in vars(args).items() if name not in FREE}
-        with reading(args.data, "python reward.py score_manifest writes a manifest with scores"):
+        with reading(args.data, "python ranker.py writes a manifest with scores"):
             wanted |= {"policy": policy_hash(policy), "manifest": file_hash(args.data),
                        "code": code_hash()}
         if (out / "config.json").is_file():

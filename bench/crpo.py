@@ -27,11 +27,13 @@ from bench.official import Clock, comparison
 from lib.audio import fit_audio, read_audio, write_wav
 from lib.common import (BASE, check_writable, flag, markdown, parse_flags, pick, run_main,
                         write_report)
-from lib.text import encode_prompts, null_condition
+from lib.losses import pair_loss
+from lib.text import concat_conditions, encode_prompts, null_condition
 from lib.weights import make_optimizer, set_rate, trainable
 from model import load_model
-from reward import REWARD, load_clap, make_pairs
+from reward import REWARD, load_clap, make_pairs, pairs_of
 from sample import decode, euler, guided_velocity, noise_for, schedule
+from train_fm import interpolate
 
 FLAGS = {"what is timed": [
     flag("--prompts", 48, "M", 2, 20000),
@@ -53,7 +55,7 @@ def ours(folder, model, clap, prompts, settings, steps):
     latents = crpo.make_candidates(folder, model, rows, 0, sampler, block)
     clock("generate")
     scored = crpo.score_candidates(folder, model, rows, latents, {"reward": clap}, {}, block)
-    pairs = crpo.write_pairs(folder, scored, count, latents)
+    pairs = pairs_of(folder, scored, latents, count)
     clock("decode and score")
     loss, how = pick(crpo.Loss, settings), pick(crpo.Optimisation, settings)
     device = torch.device("cpu")
@@ -103,8 +105,7 @@ def official_way(folder, model, clap, prompts, settings, steps):
     for m, n in np.ndindex(scores.shape):
         audio = read_audio(folder / f"{m}_{n}.wav", rate, 1)
         scores[m, n] = clap.scores([audio], rate, [prompts[m]["prompt"]]).item()
-    winners, losers, usable = make_pairs(scores)
-    pairs = np.flatnonzero(usable)
+    pairs, winners, losers = make_pairs(scores)
     clock("decode and score")
 
     flow = load_model(settings.checkpoint, parts=("flow",)).flow.train()
@@ -114,17 +115,19 @@ def official_way(folder, model, clap, prompts, settings, steps):
     rng = torch.Generator().manual_seed(0)
     size = settings.batch_size
     for step in tqdm(range(settings.train_steps), "training from files", leave=False):
-        rows = pairs.take(range(step * size, (step + 1) * size), mode="wrap").tolist()
-        paths = [folder / f"{m}_{best[m]}.wav" for best in (winners, losers) for m in rows]
+        rows = np.arange(len(pairs)).take(range(step * size, (step + 1) * size), mode="wrap")
+        paths = [folder / f"{pairs[p]}_{best[p]}.wav" for best in (winners, losers) for p in rows]
         x1 = encoded_files(model, paths, rng)                                   # (2B, L, C)
         x0 = torch.randn(x1[:size].shape, generator=rng).repeat(2, 1, 1)
         t = torch.randn(size, generator=rng).sigmoid().repeat(2)                # (2B,)
-        texts = [prompts[m]["prompt"] for m in rows]
-        durations = torch.tensor([float(prompts[m]["duration"]) for m in rows])
+        texts = [prompts[pairs[p]]["prompt"] for p in rows]
+        durations = torch.tensor([float(prompts[pairs[p]]["duration"]) for p in rows])
         with torch.no_grad():
             condition = encode_prompts(model.text, texts, durations)
-        errors = crpo.four_errors(flow, reference, condition, x1, x0, t)
-        loss, _ = crpo.crpo_loss(*errors, settings.beta, settings.half, settings.fm_weight)
+        xt, target = interpolate(x1, x0, t)
+        condition = concat_conditions(condition, condition)                     # 2B rows
+        both = crpo.two_velocities(flow, reference, xt, t, condition)
+        loss, _ = pair_loss(*both, xt, target, t, None, settings)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -140,7 +143,9 @@ def main(argv=None):
     settings.batch_size = min(settings.batch_size, args.prompts)
     settings.train_steps = math.ceil(args.epochs * args.prompts / settings.batch_size)
     model, clap = load_model(args.checkpoint), load_clap(REWARD)
-    longest = model.flow.config["max_duration"]
+    config = model.flow.config
+    settings.beta = crpo.OFFICIAL_BETA * config["audio_seq_len"] * config["in_channels"]
+    longest = config["max_duration"]
     pool = crpo.prompt_pool(None, settings.pool, args.prompts, longest)
     ways = {f"ours, {settings.steps} steps": (ours, settings.steps)}
     for steps in (settings.steps, args.official_steps):

@@ -32,7 +32,8 @@ from lib.common import (BASE, DEVICE, check_settings, check_writable, choose_dev
                         write_report)
 from lib.mel import MEL_16K, LogMel
 from model import SCORE_HEADS, load_model, with_score_head
-from reward import JUDGE, TrainedRanker
+from ranker import TrainedRanker
+from reward import JUDGE
 from sample import Sampling
 from world.ears import features, load_tagger, quality, scores, spearman
 from world.scenes import World, render_clips
@@ -248,7 +249,7 @@ class Lab:
         if not isinstance(way.score, str):
             return way.score
         path = getattr(self.settings, way.data)
-        with reading(path, "python reward.py score_manifest --plus hum writes score_plus_hum"):
+        with reading(path, "python ranker.py --plus hum writes score_plus_hum"):
             column = [row[way.column] for row in read_jsonl(path)]
         return float(np.percentile(column, int(way.score[1:])))
 

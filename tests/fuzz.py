@@ -42,7 +42,7 @@ COMMANDS = {                                    # {command: flags}, where golden
                         "--steps 1 --tuning_steps 1 --polish_steps 1",
     "evaluate": f"{MODEL} --against golden/model --prompts 2 --steps 1 --draws 20",
     "reward score": "--audio golden/0.wav --prompt rain", "lib.audio": "golden/0.wav",
-    "reward score_manifest": "--data golden/many.jsonl --ranker golden/ranker --column new",
+    "ranker": "--data golden/many.jsonl --ranker golden/ranker --column new",
     "world.votes": "--scenes 2 --takes 2 --votes 4 --codec golden/model",
     "world.train_ranker": "--votes golden/votes.jsonl --widths 4 --epochs 1 --batch_size 4",
     "world.train_ears": "--scenes 3 --val_scenes 2 --width 12 --layers 1 --train_steps 1 --batch_size 2",
@@ -51,14 +51,14 @@ COMMANDS = {                                    # {command: flags}, where golden
 OLD = json.loads((GOLDEN / "commands.json").read_text())                # commands that go on with stopped runs
 # (what is broken, command, flags behind its own, folder of the broken file); FILE: the broken file
 CASES = [*[("manifest", name, "--data golden/FILE", "") for name in (
-             "data", "vae", "train_fm", "train_fm", "reward score_manifest", "expert_iteration", "evaluate")],
+             "data", "vae", "train_fm", "train_fm", "ranker", "expert_iteration", "evaluate")],
          ("manifest", "train_fm", "--data golden/FILE --score_column score", ""), ("sound", "data", "--data golden/one.jsonl", ""),
          ("sound", "reward score", "--audio golden/FILE", ""), ("sound", "lib.audio", "golden/FILE", ""),
          *[("prompts", name, "--prompt_file golden/FILE", "") for name in ("sample", "crpo", "expert_iteration")],
          ("pairs", "crpo", "--pairs golden/FILE", ""), ("votes", "world.train_ranker", "--votes golden/FILE", ""),
          *[("model", name, "", "model") for name in ("sample", "train_fm", "crpo", "evaluate", "world.bundle", "world.votes")],
          ("model", "vae", MODEL, "model"), ("clap", "reward score", "--clap golden/clap", "clap"),
-         ("ranker", "reward score_manifest", "", "ranker"), ("ranker", "expert_iteration", "", "ranker"),
+         ("ranker", "ranker", "", "ranker"), ("ranker", "expert_iteration", "", "ranker"),
          *[("run", name, OLD[run], run.replace("flow_", "flow/")) for name, run in (
              ("train_fm", "run_flow_adamw"), ("train_fm", "run_flow_muon"), ("vae", "run_vae"), ("crpo", "run_crpo"),
              ("expert_iteration", "run_experts"), ("world.train_ears", "run_tagger"))],

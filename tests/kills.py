@@ -78,7 +78,7 @@ def warm_up(commands):
         set_up(Path(work))
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             mains["sample"]([*COMMANDS["sample"].split(), "--device", "cpu"])
-            mains["reward"]("score_manifest --data golden/many.jsonl --ranker golden/ranker --column new".split())
+            mains["ranker"]("--data golden/many.jsonl --ranker golden/ranker --column new".split())
 
 
 def start(module, words, work, stderr, prepare=list):

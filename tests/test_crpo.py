@@ -10,15 +10,17 @@ from conftest import ROOT, kill_at, refused, relative_error, same_file, small_ju
 from test_train_fm import stop_in_step
 
 import crpo
-from crpo import Loss, Optimisation, crpo_loss, dpo_fm_loss, four_errors
+from crpo import Loss, Optimisation
+from lib import losses
 from lib.audio import write_wav
 from lib.common import UserError, generator, locked, parse_flags, pick, read_json, read_jsonl, write_json
-from lib.text import Condition
+from lib.losses import crpo_loss, dpo_fm_loss
+from lib.text import Condition, concat_conditions
 from lib.weights import load_tensors, save_tensors, trainable
 from model import TangoFlux, load_model
 from reward import Clap
 from sample import Sampling, sample_latents
-from train_fm import flow_matching_loss, on_grid
+from train_fm import flow_matching_loss, interpolate, on_grid
 
 MODEL = str(ROOT / "tests" / "golden" / "model")
 CPU = torch.device("cpu")
@@ -34,7 +36,9 @@ def test_official_preference_loss_and_gradients(parity):
     assert torch.equal(t, tensors["dpo.t"])
     condition = Condition(tensors["text.hidden"], None, tensors["text.mask"], tensors["dpo.duration"])
     x1 = torch.cat([tensors["dpo.latents_w"], tensors["dpo.latents_l"]])
-    errors = four_errors(policy, reference, condition, x1, tensors["dpo.noise"].repeat(2, 1, 1), t.repeat(2))
+    xt, target = interpolate(x1, tensors["dpo.noise"].repeat(2, 1, 1), t.repeat(2))
+    both = crpo.two_velocities(policy, reference, xt, t.repeat(2), concat_conditions(condition, condition))
+    errors = [error for velocity in both for error in losses.errors(velocity, target).chunk(2)]
     official = [tensors[f"dpo.{which}_losses_{side}"] for which in ("model", "ref") for side in "wl"]
     assert all(relative_error(ours, theirs) < 1e-4 for ours, theirs in zip(errors, official))
     logits = -1000 * ((errors[0] - errors[1]) - (errors[2] - errors[3]))
@@ -72,12 +76,13 @@ def test_closed_forms():
 
 
 def test_a_pair_shares_noise_and_t_and_depends_on_its_position_alone():
-    pairs = {"hidden": torch.zeros(5, 3, 8), "mask": torch.ones(5, 3).bool(), "duration": torch.ones(5)}
+    pairs = {"hidden": torch.zeros(1, 3, 8), "mask": torch.ones(1, 3).bool(), "duration": torch.ones(5),
+             "text": torch.zeros(5, dtype=torch.long), "advantage": torch.ones(5, 2)}
     pairs |= {"mean": torch.tensor([1.0, -1.0])[None, :, None, None].expand(5, 2, 4, 2), "std": torch.zeros(5, 2, 4, 2)}
-    batch = crpo.draw_pairs(pairs, range(7), settings()[0], 0, CPU)
+    batch, _ = crpo.draw_rows(pairs, range(7), settings()[0], 0, CPU)
     assert (batch.x1[:7] == 1).all() and (batch.x1[7:] == -1).all()             # winners first
     assert torch.equal(*batch.x0.chunk(2)) and torch.equal(*batch.t.chunk(2))
-    assert torch.equal(crpo.draw_pairs(pairs, [6], settings()[0], 0, CPU).x0[0], batch.x0[6])
+    assert torch.equal(crpo.draw_rows(pairs, [6], settings()[0], 0, CPU)[0].x0[0], batch.x0[6])
 
 
 def opposite_sides(seed):
@@ -215,18 +220,18 @@ def test_every_trained_tensor_moves_and_nothing_else(whole):
 
 def test_the_reference_nan_rewards_ties_and_what_a_kill_left(claps, whole, tmp_path, monkeypatch, capsys):
     """The reference is the policy as it came; two prompts make no pair; a half-written file is not read."""
-    seen, loads, real = [], [], Clap.scores
+    seen, loads, real, two_velocities = [], [], Clap.scores, crpo.two_velocities
 
     def spy(flow, reference, *rest):
         seen.append({name: p.clone() for name, p in reference.named_parameters()})
-        return four_errors(flow, reference, *rest)
+        return two_velocities(flow, reference, *rest)
 
     def broken(self, audios, *rest, **more):
         scores = real(self, audios, *rest, **more)
         if len(audios) == 12:
             scores[4], scores[6:9] = float("nan"), 0.25
         return scores
-    monkeypatch.setattr(crpo, "four_errors", spy)
+    monkeypatch.setattr(crpo, "two_velocities", spy)
     monkeypatch.setattr(crpo, "load_model", lambda *rest, **more: loads.append(rest) or load_model(*rest, **more))
     monkeypatch.setattr(Clap, "scores", broken)
     folder = tmp_path / "iteration_1"
@@ -283,7 +288,7 @@ def test_wrong_input_is_one_line(claps, whole, tmp_path):
     for more, what in (({"prompts": 50}, "--prompts 50 is more than the 40"),
                        ({"score": 1.0}, "needs a model with a score head"),
                        ({"prompt_file": str(tmp_path / "prompts.txt")}, "more than the 2 of the pool"),
-                       ({"out": whole[0], "beta": 5.0}, "started with beta = 2000.0, now it is 5.0")):
+                       ({"out": whole[0], "beta": 5.0}, "started with beta = None, now it is 5.0")):
         refused(what, run, claps, **{"out": tmp_path / "out", **more})
 
 

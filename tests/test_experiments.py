@@ -10,7 +10,7 @@ from test_evaluate import place, quick_vocoder  # noqa: F401  (fixtures)
 
 import crpo
 import expert_iteration
-import reward
+import ranker
 from experiments import alignment, attm, toy
 from lib.common import read_json
 
@@ -98,7 +98,7 @@ def test_a_paired_test_sees_a_difference_of_each_prompt():
 def chain(place, sounds):  # noqa: F811
     """The ranker and a scored manifest with a contaminated column, and the chain of table2 trained on them."""
     pool = crpo.prompt_pool
-    reward.main(["score_manifest", "--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
+    ranker.main(["--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
                  "--out", str(sounds / "votes" / "hummed.jsonl"), "--plus", "hum", "1.5", "--device", "cpu"])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(place)                                        # cache/ goes there

@@ -6,7 +6,7 @@ from conftest import ROOT, kill_at, refused, same_file
 
 import crpo
 import expert_iteration
-import reward
+import ranker
 import train_fm
 from expert_iteration import best_places, z_blend
 from lib.common import derive_seed, locked, parse_flags, pick, read_json, read_jsonl
@@ -32,7 +32,7 @@ def test_the_blend_weighs_both_alike_and_keeps_the_best():
 def chain(sounds, one_thread):
     """A scored manifest and a tiny flow of stage 1."""
     scored = str(sounds / "votes" / "scored.jsonl")
-    reward.main(["score_manifest", "--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
+    ranker.main(["--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
                  "--out", scored, "--device", "cpu"])
     train_fm.train(checkpoint=MODEL, data=scored, cache=str(sounds / "cache"), score_column="score", score_head="v1",
                    train_steps=4, batch_size=4, val_clips=2, device="cpu", out=str(sounds / "score"))
@@ -98,9 +98,10 @@ def test_stage_3_runs_v1_weights_as_v2(chain, whole, tmp_path):
     moved = [name for name, p in made.state_dict().items() if not torch.equal(p, before.state_dict()[name])]
     assert any("score_embed.linear_2" in name for name in moved) and len(moved) > 20
     loss = pick(crpo.Loss, parse_flags("", crpo.FLAGS, [], small))
-    pairs = {"hidden": torch.zeros(2, 3, 16), "mask": torch.ones(2, 3).bool(), "duration": torch.ones(2)}
+    pairs = {"hidden": torch.zeros(1, 3, 16), "mask": torch.ones(1, 3).bool(), "duration": torch.ones(2),
+             "text": torch.zeros(2, dtype=torch.long), "advantage": torch.ones(2, 2)}
     pairs |= {"mean": torch.zeros(2, 2, 4, 4), "std": torch.zeros(2, 2, 4, 4)}
-    batch = crpo.draw_pairs(pairs, range(400), loss, 0, torch.device("cpu"))
+    batch, _ = crpo.draw_rows(pairs, range(400), loss, 0, torch.device("cpu"))
     lost = batch.score.isnan()
     assert lost[batch.dropped].all() and 0.05 < lost[~batch.dropped].float().mean() < 0.16
     assert (batch.score[~lost] == 1.5).all()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import crpo
 import evaluate
 import expert_iteration
+import ranker
 import reward
 import sample
 import train_fm
@@ -28,7 +29,7 @@ from bench import full_size
 from conftest import ROOT, TINY, TINY_MEL, TINY_OFFICIAL, noise, planted
 from data import open_cache, prepare, world_cache
 from experiments import alignment, toy
-from lib import audio as sound, fast, mel, oobleck, text, weights
+from lib import audio as sound, fast, losses, mel, oobleck, text, weights
 from lib.common import ALIGNED, BASE, derive_seed, generator, parse_flags, pick, read_jsonl
 from lib.text import encode_prompts, null_condition
 from lib.weights import muon_takes, trainable
@@ -137,6 +138,8 @@ def end_of(name, monkeypatch):
         Path(folder).symlink_to(ROOT / folder)
     _, script, *words = FROZEN["commands"][name].split()
     module = importlib.import_module({"train_tagger.py": "world.train_ears"}.get(script, script.removesuffix(".py")))
+    if name == "run_crpo":
+        words += ["--beta", "2000"]         # then the default; now it depends on the size of latents
     out, found = Path(words[words.index("--out") + 1]), {}
     monkeypatch.setattr("sys.argv", [script, *words])
     monkeypatch.setattr(scenes, "in_order", lambda function, jobs, workers: map(function, jobs))
@@ -226,22 +229,26 @@ class Goldens:
         noisy, codec = torch.from_numpy(np.stack(noisy)), base().codec
         tensors = {"winner_mean": codec.encode(audio[:, None])[0], "loser_mean": codec.encode(noisy[:, None])[0]}
         pairs = crpo.training_data([asdict(scene) for scene in truth], tensors, base())
-        policy, loss = load_model(ALIGNED).flow, pick(crpo.Loss, parse_flags("", crpo.FLAGS, []))
+        policy, loss = load_model(ALIGNED).flow, pick(crpo.Loss, parse_flags("", crpo.FLAGS, [], {"beta": 2000.0}))
         training = crpo.Training(policy, base().flow, base().text, pairs, loss, 2, torch.device("cpu"), nullcontext)
         parts = crpo.loss_and_gradients(training, list(policy.parameters()), range(4), 7)
         total = torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf"))
         return {"parts": [*parts.values()], "names": [*parts], "grad_norm": [total], "gradients": gradients(policy)}
 
     def crpo_loss():
-        rows, errors = [], crpo.flow_matching_loss(*noise(2, 3, 5, 4))[1]
+        rows, errors = [], train_fm.flow_matching_loss(*noise(2, 3, 5, 4))[1]
         for settings in ((2000.0, 0.5, 1.0), (10.0, 0.5, 1.0), (3.0, 1.0, 0.0)):
-            loss, parts = crpo.crpo_loss(*noise(4, 6).abs(), *settings)
+            loss, parts = losses.crpo_loss(*noise(4, 6).abs(), *settings)
             rows.append([loss.item(), *parts.values()])
         return {"rows": rows, "names": ["loss", *parts], "mean": errors, "sum": errors * 5 * 4}
 
     def pairs_and_best():
         clips = [[0.1, 0.5, 0.2], [0.3, 0.3, 0.3], [np.nan, 1.0, 0.0], [0.9, 0.1, 0.9]]
-        winners, losers, kept, best = (array.tolist() for array in (*reward.make_pairs(clips), alignment.best_of(clips)))
+        prompts, *chosen = reward.make_pairs(clips)
+        winners, losers, best = [0] * 4, [0] * 4, alignment.best_of(clips).tolist()
+        for m, winner, loser in zip(prompts.tolist(), *chosen):
+            winners[m], losers[m] = int(winner), int(loser)
+        kept = [m in prompts for m in range(4)]
         blend = expert_iteration.z_blend(*np.random.default_rng(0).standard_normal((2, 40)))
         places = [expert_iteration.best_places(blend, keep).tolist() for keep in (0.1, 5, 1)]
         return {"winners": winners, "losers": losers, "kept": kept, "best": best, "blend": blend, "places": places}
@@ -252,14 +259,14 @@ class Goldens:
         network, log = train_ranker.fit(features, votes, parts, train_ranker.Fit((16, 8), 0.5, 1, 256, 1e-4, 1e-2, 0))
         held = train_ranker.Votes(*(column[parts[2]] for column in votes))
         torch.manual_seed(0)
-        untrained = reward.Ranker(12, (16, 8)).eval()
+        untrained = ranker.Ranker(12, (16, 8)).eval()
         learned = {name: t for name, t in network.state_dict().items() if t.is_floating_point()}
         del learned["layers.0.bias"], learned["layers.4.bias"]      # before BatchNorm: their gradients are rounding
         return {"untrained": untrained(features)[:64], "log": [[row["loss"], row["validation"]] for row in log],
                 "scores": network(features)[:64], "weights": norms(learned), "names": sorted(learned),
                 "report": train_ranker.report(network.utility(features).detach().numpy(), held, truth),
-                "parts": [len(part) for part in parts], "bands": reward.band_statistics(noise(80, 64), 14000),
-                "ranknet": reward.ranknet_loss(*noise(2, 5), torch.tensor([1.0, 0, 0.5, 1, 0]))[None]}
+                "parts": [len(part) for part in parts], "bands": ranker.band_statistics(noise(80, 64), 14000),
+                "ranknet": ranker.ranknet_loss(*noise(2, 5), torch.tensor([1.0, 0, 0.5, 1, 0]))[None]}
 
     def votes():
         world, log_mel = scenes.World("train", seed=5000), mel.LogMel(**mel.MEL_16K)
@@ -420,9 +427,9 @@ class Goldens:
         for name in ("world", "world_val"):
             latents = open_cache(HERE / "latents" / name)
             found |= {f"{name}.mean": latents.mean[:, ::8].copy(), f"{name}.std": latents.std[:, ::8].copy()}
-        tagger, ranker = ears.load_tagger(HERE / "tagger.safetensors"), reward.TrainedRanker(HERE / "ranker")
+        tagger, trained = ears.load_tagger(HERE / "tagger.safetensors"), ranker.TrainedRanker(HERE / "ranker")
         return {**found, "tagger.presence": ears.probabilities(tagger, val_scenes()[0])[1],
-                "ranker": ranker.scores(list(val_scenes()[0]), 16000, prompts)}
+                "ranker": trained.scores(list(val_scenes()[0]), 16000, prompts)}
 
 
 @pytest.mark.parametrize("name", FROZEN["how"])

@@ -8,6 +8,7 @@ import soundfile
 import torch
 from conftest import PARITY, planted, refused, relative_error
 
+import ranker
 import reward
 from lib.audio import fit_audio, read_audio, write_wav
 from lib.common import UserError, generator, read_json, read_jsonl, write_jsonl
@@ -90,23 +91,24 @@ def test_score_prints_the_cosine(tmp_path, capsys):
     clap, path = small(), str(tmp_path / "a.wav")
     clap.save(tmp_path / "clap")
     write_wav(path, 0.1 * torch.sin(torch.arange(20000) / 7)[None], 16000)
-    reward.main(["score", "--audio", path, "--prompt", "rain", "--clap", str(tmp_path / "clap")])
+    reward.main(["--audio", path, "--prompt", "rain", "--clap", str(tmp_path / "clap")])
     printed = float(capsys.readouterr().out.split("\n")[1].split()[0])
     assert printed == pytest.approx(clap.scores([read_audio(path, 16000, 1)], 16000, ["rain"]).item(), abs=1e-6)
 
 
 def test_pairs_match_the_official_choice(parity):
     fixed = parity("metrics").info["crpo_pair_selection"]
-    winners, losers, usable = make_pairs(np.round(fixed["clap_scores"], 3))     # the official code ranks rounded scores
+    prompts, winners, losers = make_pairs(np.round(fixed["clap_scores"], 3))    # the official code ranks rounded scores
     assert winners.tolist() == fixed["chosen_index"] and losers.tolist() == fixed["rejected_index"]
-    assert usable.all()
+    assert prompts.tolist() == list(range(len(winners)))
 
 
 def test_best_and_worst_ties_and_nan():
     scores = [[0.1, 0.5, 0.5, 0.0], [0.2, 0.2, 0.2, 0.2], [0.3, np.nan, 0.9, 0.1], [-1e-9, 0.0, 0.0, -1e-9]]
-    winners, losers, usable = make_pairs(scores)
-    assert usable.tolist() == [True, False, False, True]
-    assert (winners[0], losers[0]) == (1, 3) and (winners[3], losers[3]) == (1, 0)     # the first of equals
+    pairs = [part.tolist() for part in make_pairs(scores)]
+    assert pairs == [[0, 3], [1, 1], [3, 0]]                                    # the first of equals
+    assert [part.tolist() for part in make_pairs(scores, 2)] == [[0, 3, 0, 3], [1, 1, 2, 2], [3, 0, 0, 3]]
+    assert [part.tolist() for part in make_pairs([[3, 1, 2.]], 9)] == [[0], [0], [1]]       # none with itself
     assert best_of(scores).tolist() == [1, 0, 2, 1]
     refused("all rewards of a prompt are NaN", best_of, [[1.0, 2.0], [np.nan, np.nan]])
     assert ears.spearman(np.array([1, 2, 2, 4]), np.array([1, 3, 2, 9])) == pytest.approx(0.9486832980505138)
@@ -115,11 +117,11 @@ def test_best_and_worst_ties_and_nan():
 
 def test_ranknet_and_its_measures_have_closed_forms():
     zero = torch.zeros(4)
-    assert reward.ranknet_loss(zero, zero, torch.tensor([1.0, 0, 0.5, 1])).item() == pytest.approx(math.log(2))
+    assert ranker.ranknet_loss(zero, zero, torch.tensor([1.0, 0, 0.5, 1])).item() == pytest.approx(math.log(2))
     a, b = torch.tensor([1.0]), torch.tensor([-0.5])
-    assert reward.ranknet_loss(a, b, torch.ones(1)).item() == pytest.approx(math.log(1 + math.exp(-1.5)), rel=1e-5)
-    both = reward.ranknet_loss(a, b, torch.zeros(1)) + reward.ranknet_loss(a, b, torch.ones(1))
-    assert 2 * reward.ranknet_loss(a, b, torch.full((1,), 0.5)).item() == pytest.approx(both.item(), rel=1e-6)
+    assert ranker.ranknet_loss(a, b, torch.ones(1)).item() == pytest.approx(math.log(1 + math.exp(-1.5)), rel=1e-5)
+    both = ranker.ranknet_loss(a, b, torch.zeros(1)) + ranker.ranknet_loss(a, b, torch.ones(1))
+    assert 2 * ranker.ranknet_loss(a, b, torch.full((1,), 0.5)).item() == pytest.approx(both.item(), rel=1e-6)
     difference, preference = np.array([2.0, -1.0, 0.5, 3.0]), np.array([1.0, 0.0, 0.0, 0.5])
     assert train_ranker.pairwise_accuracy(difference, preference) == pytest.approx(2 / 3)   # the tie does not count
     rng = np.random.default_rng(0)
@@ -127,7 +129,7 @@ def test_ranknet_and_its_measures_have_closed_forms():
     told = (rng.random(20000) < chance).astype(float)
     assert train_ranker.calibration_error(chance, told) < 0.02
     assert train_ranker.calibration_error(np.where(chance > 0.5, 0.99, 0.01), told) > 0.15
-    network = reward.Ranker(2048)
+    network = ranker.Ranker(2048)
     widths = [tuple(layer.weight.shape) for layer in network.layers if isinstance(layer, torch.nn.Linear)]
     assert widths == [(1024, 2048), (512, 1024), (256, 512), (128, 256), (1, 128)]          # second paper, III-C
     kinds = [type(layer).__name__ for layer in network.layers][:4]
@@ -155,10 +157,10 @@ def test_a_column_is_written_and_a_contaminated_one(sounds, tmp_path):
     found = read_json(sounds / "ranker" / "report.json")
     assert 0 <= found["accuracy"] <= 1 and "spearman" in found and found["ceiling"] > 0.6
     assert len(list((sounds / "ranker" / "features").iterdir())) == 1       # used again by the same clips and encoders
-    arguments = ["score_manifest", "--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
+    arguments = ["--data", str(sounds / "votes" / "clips.jsonl"), "--ranker", str(sounds / "ranker"),
                  "--out", str(tmp_path / "scored.jsonl"), "--device", "cpu"]
-    reward.main([*arguments, "--plus", "level", "2"])
-    trained = reward.TrainedRanker(sounds / "ranker")
+    ranker.main([*arguments, "--plus", "level", "2"])
+    trained = ranker.TrainedRanker(sounds / "ranker")
     for row in read_jsonl(tmp_path / "scored.jsonl")[:3]:
         audio = read_audio(tmp_path / row["audio"], 16000, 1)
         assert trained.scores([audio], 16000, [row["caption"]]).item() == pytest.approx(row["score"], abs=1e-4)
@@ -169,7 +171,7 @@ def test_a_column_is_written_and_a_contaminated_one(sounds, tmp_path):
                         (["--data", str(scored), "--out", str(tmp_path / "more.jsonl")], "--column score is a column already"),
                         (["--plus", "nothing", "2"], "--plus takes a column of numbers"),
                         (["--out", str(sounds / "votes" / "clips.jsonl")], "must be another file than --data")):
-        refused(what, reward.main, [*arguments, *flags])
+        refused(what, ranker.main, [*arguments, *flags])
 
 
 def test_a_sound_damaged_in_its_middle_is_left_out_and_changed_sounds_are_heard_anew(sounds, tmp_path, capsys):
@@ -184,7 +186,7 @@ def test_a_sound_damaged_in_its_middle_is_left_out_and_changed_sounds_are_heard_
     write_jsonl(tmp_path / "m.jsonl", rows)
 
     def scores():
-        reward.main(["score_manifest", "--data", str(tmp_path / "m.jsonl"), "--ranker", str(sounds / "ranker"), "--device", "cpu"])
+        ranker.main(["--data", str(tmp_path / "m.jsonl"), "--ranker", str(sounds / "ranker"), "--device", "cpu"])
         return {row["number"]: row["score"] for row in read_jsonl(tmp_path / "scored.jsonl")}
     first = scores()
     errors = capsys.readouterr().err
@@ -231,7 +233,7 @@ def test_score_reads_only_what_is_heard(tmp_path, monkeypatch, truncation, capsy
     monkeypatch.setattr(reward, "load_clap", lambda *_: clap)
     monkeypatch.setattr(front, "fused", truncation == "fusion")
     monkeypatch.setattr(reward.Clap, "scores", lambda self, audios, rate, prompts: torch.ones(1))
-    reward.main(["score", "--audio", str(path), str(tmp_path / "gone.wav"), "--prompt", "rain", "--device", "cpu"])
+    reward.main(["--audio", str(path), str(tmp_path / "gone.wav"), "--prompt", "rain", "--device", "cpu"])
     heard = read[0].shape[1] / front.sampling_rate
     assert heard == pytest.approx(seconds + (3 if truncation == "fusion" else 0.1), abs=0.01)
     assert "gone.wav is missing" in capsys.readouterr().err
@@ -257,12 +259,12 @@ def test_wrong_votes_are_one_line(sounds, tmp_path, capsys):
                        ([{"prompt": "x"}], "votes.jsonl cannot be used: 'preference'; a vote is"),
                        ([{**cast[0], "preference": 0.7}], "a preference is 0.7"), ([], "has no votes")):
         refused(what, read, rows)
-    refused("ranker.safetensors is missing", reward.TrainedRanker, tmp_path)
+    refused("ranker.safetensors is missing", ranker.TrainedRanker, tmp_path)
     write_jsonl(file, cast[:1])
     with pytest.raises(UserError, match="are too few"):
         train_ranker.main(["--votes", str(file), "--audio_dir", str(folder), "--clap", str(sounds / "reward"),
                            "--encoder", str(sounds), "--out", str(tmp_path / "r"), "--device", "cpu"])
-    refused("name a folder with a tagger, or an audio model", reward.Encoders, sounds / "reward", tmp_path / "nothing")
+    refused("name a folder with a tagger, or an audio model", ranker.Encoders, sounds / "reward", tmp_path / "nothing")
 
 
 def test_any_audio_model_of_transformers_is_an_encoder(sounds, tmp_path):
@@ -273,7 +275,7 @@ def test_any_audio_model_of_transformers_is_an_encoder(sounds, tmp_path):
                                  num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=8)
                   ).save_pretrained(tmp_path / "model")
     Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "model")
-    encoders = reward.Encoders(sounds / "reward", str(tmp_path / "model"))
+    encoders = ranker.Encoders(sounds / "reward", str(tmp_path / "model"))
     audio = [torch.randn(1, size, generator=generator(size)) * 0.1 for size in (16000, 9000)]
     both = encoders.features(audio, 16000, ["rain", ""])
     assert both.shape[0] == 2 and torch.allclose(both[1], encoders.features(audio[1:], 16000, [""])[0], atol=1e-5)

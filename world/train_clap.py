@@ -296,7 +296,7 @@ def main(argv=None):
                         f"--scenes {args.scenes} fill a batch")
     device = choose_device(args.device)
     train(pick(Training, args), Path(args.out), args.val_scenes, args.workers, device)
-    print(f'wrote; next: python reward.py score --clap {args.out} --audio FILE --prompt "rain"')
+    print(f'wrote; next: python reward.py --clap {args.out} --audio FILE --prompt "rain"')
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training of the ranker: votes "A is better than B" become a number per clip (2nd paper, III-C).
 
     python -m world.train_ranker --votes runs/votes/votes.jsonl     # of world.votes -> runs/ranker
-    python reward.py score_manifest --data runs/scored/clips.jsonl  # what it is for
+    python ranker.py --data runs/scored/clips.jsonl  # what it is for
 
 Where the paper is silent: votes are split by prompt, the epoch with the lowest validation loss is
 kept, features and scores are standardised. N clips, P votes, B batch, W width of the features.
@@ -21,7 +21,8 @@ from lib.common import (BASE, DEVICE, UserError, choose_device, derive_seed, fla
                         write_json, write_jsonl)
 from lib.weights import learning_rate, save_tensors, set_rate
 from world.ears import spearman
-from reward import AUDIO_DIR, REWARD, Encoders, Ranker, clip_features, ranknet_loss
+from reward import REWARD
+from ranker import AUDIO_DIR, Encoders, Ranker, clip_features, ranknet_loss
 
 FLAGS = {"what it learns from": [
     flag("--votes", "runs/votes/votes.jsonl", "of world.votes (paper: 4 sources, 22,000 pairs)"),
@@ -192,7 +193,7 @@ def main(argv=None):
         write_jsonl(out / "log.jsonl", log)
         write_json(out / "report.json", numbers)
         print(f"held-out votes: {json.dumps(numbers, indent=2)}")
-    print(f"next: python reward.py score_manifest --data runs/scored/clips.jsonl --ranker {out}")
+    print(f"next: python ranker.py --data runs/scored/clips.jsonl --ranker {out}")
 
 
 if __name__ == "__main__":

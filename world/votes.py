@@ -198,7 +198,7 @@ def main(argv=None):
         clips = make_clips(out, pick(Clips, args), codec, args.workers)
         if args.votes:
             write_jsonl(out / "votes.jsonl", cast_votes(clips, args.votes, args.seed))
-    following = f"python reward.py score_manifest --data {out}/clips.jsonl"
+    following = f"python ranker.py --data {out}/clips.jsonl"
     if args.votes:
         following = f"python -m world.train_ranker --votes {out}/votes.jsonl"
     print(f"wrote {len(clips)} clips into {out}; next: {following}")

@@ -1,0 +1,215 @@
+"""Losses that learn from preferences: pure functions, side by side, behind `crpo.py --loss`.
+
+  crpo  the paper's Eq. 3, of pairs of a prompt's clips: L_DPO-FM (Eq. 2) + the winners' L_FM (Eq. 5)
+  dpo   L_DPO-FM alone
+  nft   DiffusionNFT (arXiv 2509.16117), of all N clips of a prompt, as all below: good ones pull the
+        policy, bad ones its mirror image. (There sampled at guidance 1; here any scale will do.)
+  dgpo  direct group preference: A-weighted errors, weaker as the group's preference is learned
+  awm   advantage-weighted matching: A-weighted errors, held by `pull` alone
+  grpo  the policy gradient of noisy steps (TangoFlux A.11; Flow-GRPO, arXiv 2505.05470)
+
+Each takes, for rows of K clips of a prompt (K B clips: first clip 0 of all rows, then clip 1, ...),
+
+    velocity, old   (K B, L, C)  of the policy, and of the frozen policy as it came, the reference
+    xt, target      (K B, L, C)  x_t = (1-t) x_1 + t x_0 and v = x_0 - x_1, float32
+    t               (K B,)
+    A               (B, K)       `advantages`; of pairs not used: clip 0 has won
+    how                          settings by the names of crpo.py's flags
+
+and returns the loss, a mean over the clips, and {diagnostic: float}. E is a clip's mean squared
+velocity error, and the pull to the reference a mean of |v - old|^2.
+B rows, K and N clips of a prompt, M prompts, L latent frames, C latent channels.
+"""
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from lib.common import generator
+
+
+def errors(velocity, target):
+    """E (B,): a mean over (L, C), in float32 (paper Eq. 5)."""
+    return (velocity.float() - target.float()).square().mean((1, 2))
+
+
+def means(values):
+    """{name: tensor} -> {name: float}."""
+    return {name: value.detach().float().mean().item() for name, value in values.items()}
+
+
+# ----------------------------------------------------------------------------- pairs: CRPO
+
+def dpo_fm_loss(winner, loser, reference_winner, reference_loser, beta=2000.0, half=0.5):
+    """L_DPO-FM (Eq. 2) of four errors per pair (B,) -> (loss, {"accuracy", "margin", ...: float}).
+
+    half = 0.5 as the official code, 1 as Eq. 2. At policy = reference the loss is log 2."""
+    logits = -half * beta * ((winner - loser) - (reference_winner - reference_loser))   # (B,)
+    loss = -F.logsigmoid(logits).mean()
+    parts = {"accuracy": logits > 0, "margin": logits, "dpo": loss, "winner": winner, "loser": loser,
+             "reference_winner": reference_winner, "reference_loser": reference_loser}
+    return loss, means(parts)
+
+
+def crpo_loss(winner, loser, reference_winner, reference_loser, beta=2000.0, half=0.5,
+              fm_weight=1.0):
+    """L_CRPO = L_DPO-FM + L_FM (Eq. 3), the winners' mean error (Eq. 5); paper: fm_weight 1."""
+    loss, parts = dpo_fm_loss(winner, loser, reference_winner, reference_loser, beta, half)
+    return loss + fm_weight * winner.mean(), parts
+
+
+def safeguarded(loser, winner_miss, loser_miss, mu=0.9):
+    """The losers' errors (B,), their gradient held back (Diffusion-SDPO, arXiv 2511.03317).
+
+    winner_miss, loser_miss (B, L, C): v - target, proportional to the gradients g_w, g_l of the
+    errors by the output. A step along g_w - s g_l lowers the winner's error by |g_w|^2 - s g_l.g_w
+    to first order: with this s by mu |g_w|^2 at least."""
+    dot = (winner_miss * loser_miss).flatten(1).sum(1)                          # (B,)
+    square = winner_miss.square().flatten(1).sum(1)
+    scale = torch.where(dot > 0, ((1 - mu) * square / dot).clamp(0, 1), 1.0).detach()
+    return scale * loser + (1 - scale) * loser.detach()
+
+
+def pair_loss(velocity, old, xt, target, t, A, how):
+    """L_CRPO of pairs, clip 0 the winner; --loss dpo: L_DPO-FM alone."""
+    winner, loser = errors(velocity, target).chunk(2)                           # (B,) each
+    reference = errors(old, target).chunk(2)
+    if how.safeguard is not None:
+        loser = safeguarded(loser, *(velocity.float() - target).chunk(2), how.safeguard)
+    beta = how.beta * target[0].numel() if how.reduction == "sum" else how.beta         # Eq. 2
+    fm_weight = 0.0 if how.loss == "dpo" else how.fm_weight
+    return crpo_loss(winner, loser, *reference, beta, how.half, fm_weight)
+
+
+# ----------------------------------------------------------------------------- all N clips
+
+def advantages(rewards, cut=2.0):
+    """Rewards (M, N) -> A (M, N): deviations from the mean of their prompt, `cut` at most."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / centred.square().mean(1, keepdim=True).sqrt()).clamp(-cut, cut)
+
+
+def diagnostics(velocity, old, target, A):
+    """How errors moved, names as of pairs; A (K B,): "winner" is weighted by A, "loser" by -A."""
+    now = errors(velocity, target)
+    before = errors(old, target)
+    good = A.clamp(min=0)
+    bad = (-A).clamp(min=0)
+    return means({"accuracy": (before - now) * A > 0,
+                  "drift": errors(velocity, old),
+                  "winner": good * now,
+                  "loser": bad * now,
+                  "reference_winner": good * before,
+                  "reference_loser": bad * before})
+
+
+def image_error(velocity, target, t):
+    """|x - x_1|^2 (B,) of the data that a velocity sees, x = x_t - t v, over its own size."""
+    miss = t[:, None, None] * (velocity - target)                               # x_1 - x
+    size = miss.detach().abs().mean((1, 2)).clamp(min=1e-5)                     # (B,)
+    return miss.square().mean((1, 2)) / size
+
+
+def nft_loss(velocity, old, xt, target, t, A, how):
+    """r e(v+) + (1 - r) e(v-) with v+- = old +- b (v - old) and e the `image_error`.
+
+    r = 1/2 + slope A, between 0 and 1, is how good a clip is."""
+    A = A.T.flatten()                                                           # (K B,)
+    r = (0.5 + how.slope * A).clamp(0, 1)
+    old = old.float()
+    change = how.mirror * (velocity.float() - old)                              # b (v - old)
+    positive = image_error(old + change, target, t)                             # (K B,)
+    negative = image_error(old - change, target, t)
+    pull = how.pull * errors(velocity, old)
+    loss = r * positive + (1 - r) * negative + pull
+    return loss.mean(), diagnostics(velocity, old, target, A)
+
+
+def dgpo_loss(velocity, old, xt, target, t, A, how):
+    """s A E with s = sigmoid(mean of beta A (E - E_old) over the group of a prompt), detached.
+
+    s is 1/2 at first; it goes to 0 as good clips' errors fall and bad ones' rise."""
+    count = A.shape[1]
+    E = errors(velocity, target).view(count, -1).T                              # (B, K)
+    E_old = errors(old, target).view(count, -1).T
+    gained = how.beta * A * (E - E_old)
+    s = gained.mean(1, keepdim=True).sigmoid().detach()                         # (B, 1)
+    pull = how.pull * errors(velocity, old).mean()
+    loss = (s * A * E).mean() + pull
+    return loss, diagnostics(velocity, old, target, A.T.flatten())
+
+
+def awm_loss(velocity, old, xt, target, t, A, how):
+    """A E, an error in the place of a negative log-likelihood; without a pull it has no bound."""
+    A = A.T.flatten()                                                           # (K B,)
+    pull = how.pull * errors(velocity, old)
+    loss = A * errors(velocity, target) + pull
+    return loss.mean(), diagnostics(velocity, old, target, A)
+
+
+# ----------------------------------------------------------------------------- GRPO
+
+def noisy_step(velocity, x, t, t_next, noise):
+    """Mean (B, L, C) and deviation of a step of the SDE that has the flow's marginals.
+
+    The score of p_t is -x0_hat / t, where x0_hat = x + (1 - t) v is the noise that v expects in x.
+    Of all SDEs dx = (v - sigma^2 score / 2) dt + sigma dw backwards in t have p_t at every t (the
+    Fokker-Planck equation); sigma = noise sqrt(t / (1 - t)) is Flow-GRPO's. At t = 1, where it has
+    no bound, t_next stands for t in it; the last step, to t = 0, has no noise."""
+    t, t_next = torch.as_tensor(t), torch.as_tensor(t_next)
+    inner = torch.where(t >= 1, t_next, t)
+    sigma = noise * (t / (1 - inner)).sqrt() * (t_next > 0)
+    x0_hat = x + (1 - t) * velocity                                             # (B, L, C)
+    mean = x + (t_next - t) * (velocity + sigma ** 2 / (2 * t) * x0_hat)
+    return mean, sigma * (t - t_next).sqrt()
+
+
+def noisy_path(velocity_fn, x, ts, noise):
+    """A solver, for sample.SOLVERS: all states (B, steps + 1, L, C) from t = 1 to 0.
+
+    A row's noise follows from its start, hence from (seed, i), whatever the batch."""
+    rngs = [generator("path", row.cpu().numpy().tobytes().hex()) for row in x]
+    path = [x]
+    for t, t_next in pairwise(ts):
+        mean, deviation = noisy_step(velocity_fn(x, t), x, t, t_next, noise)
+        fresh = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in rngs])
+        x = mean + deviation * fresh.to(x)
+        path.append(x)
+    return torch.stack(path, 1)
+
+
+def path_step(path, t):
+    """The noisy step of paths (B, steps + 1, L, C) in which t (B,) lies -> x_t, the next state,
+    and the t at which it began."""
+    steps = path.shape[1] - 1
+    step = ((1 - t) * steps).long().clamp(max=steps - 2)        # the last has no noise
+    rows = torch.arange(len(path), device=path.device)
+    return path[rows, step], path[rows, step + 1], 1 - step / steps
+
+
+def grpo_loss(velocity, old, xt, target, t, A, how):
+    """-min(ratio A, clipped ratio A) + pull KL of a step xt -> target that `old` made with noise.
+
+    ratio = p(target | xt) / p_old(target | xt), Gaussians of `noisy_step`; log-probabilities and
+    KL are means over (L, C), as Flow-GRPO's, so that `clip_range` does not depend on the size."""
+    A = A.T.flatten()                                                           # (B,)
+    t = t[:, None, None]                                                        # (B, 1, 1)
+    next_t = t - 1 / how.steps
+    mean, deviation = noisy_step(velocity.float(), xt, t, next_t, how.sde_noise)
+    old_mean, _ = noisy_step(old.float(), xt, t, next_t, how.sde_noise)
+    variance = 2 * deviation ** 2                                               # (B, 1, 1)
+
+    change = (target - old_mean).square() - (target - mean).square()            # (B, L, C)
+    ratio = (change / variance).mean((1, 2)).exp()                              # (B,)
+    clipped = ratio.clamp(1 - how.clip_range, 1 + how.clip_range)
+    kl = ((mean - old_mean).square() / variance).mean((1, 2))
+    gained = torch.minimum(ratio * A, clipped * A)
+    loss = (how.pull * kl - gained).mean()
+    return loss, means({"accuracy": (ratio - 1) * A > 0, "ratio": ratio, "kl": kl,
+                        "clipped": ratio != clipped, "gained": gained - A,
+                        "drift": errors(velocity, old)})
+
+
+LOSSES = {"crpo": pair_loss, "dpo": pair_loss, "nft": nft_loss, "dgpo": dgpo_loss, "awm": awm_loss,
+          "grpo": grpo_loss}
+PAIRS = ("crpo", "dpo")         # losses of winners and losers; others take all clips
