@@ -50,7 +50,7 @@ from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learn
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
                          save_state, save_tensors, set_rate, trainable, trim_log, update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
-from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, training_data
+from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
 from sample import SOLVERS, Sampling, decode, default_duration, guide, sample_latents
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from vae import encode_pairs
@@ -71,7 +71,8 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          choices=list(LOSSES)),
     flag("--beta", None, "strength of the preference, of means over (L, C); none: 2000 at the "
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
-    flag("--pairs_per_prompt", 1, "pairs: best and worst, second and second worst, ... (paper: 1)", 1),
+    flag("--pairs_per_prompt", 1, "pairs: best and worst, then the next best and worst (paper: 1)",
+         1),
     flag("--safeguard", None, "mu: losers may not raise the winners' error (Diffusion-SDPO: 0.9)",
          0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
@@ -109,7 +110,9 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--guidance_scale", 3.0, "classifier-free guidance (paper 3.3: 4.5)", 0),
     flag("--generation_batch", 32, "clips sampled in one batch", 1),
 ], "judges": [
-    flag("--reward", str(REWARD), "CLAP that ranks (paper: laion/clap-htsat-unfused)"),
+    flag("--reward", str(REWARD), "what ranks, a CLAP (paper: laion/clap-htsat-unfused) or "
+         "FILE.py:function"),
+    flag("--shuffle", False, "control: a prompt's scores in random order"),
     flag("--judge", str(JUDGE), "CLAP that only judges (paper: laion/clap-htsat-fused)"),
     flag("--tagger", str(BASE), "folder of the world's taggers"),
     flag("--eval_prompts", 256, "held-out prompts per iteration", 2, alias="--evaluate"),
@@ -262,8 +265,8 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     if loss.beta is None:
         loss = loss._replace(beta=OFFICIAL_BETA * length * channels)
     size = 1 if loss.reduction == "sum" else length * channels
-    print(f"beta {loss.beta:.6g}: {loss.half * loss.beta / size:.3g} per squared error, summed over "
-          f"{length} x {channels} (official: {0.5 * OFFICIAL_BETA:.3g})")
+    print(f"beta {loss.beta:.6g}: {loss.half * loss.beta / size:.3g} per squared error, summed "
+          f"over {length} x {channels} (official: {0.5 * OFFICIAL_BETA:.3g})")
     settings = {"seed": seed, "warmup": warmup, "policy": policy_hash(policy),
                 **loss._asdict(), **how._asdict(), "steps": steps, "log_every": 0, "save_every": 0}
     autocast = autocast_for(how.dtype, device)
@@ -440,8 +443,7 @@ def run(command="crpo.run(...)", **settings):
             source = out / "iteration_1" if args.offline else folder
             seed = args.seed * 1000 + k
             if not (folder / "report.json").is_file():
-                there = args.loss in PAIRS and (source / "pairs.safetensors").is_file()
-                if there:
+                if args.loss in PAIRS and (source / "pairs.safetensors").is_file():
                     rows = read_jsonl(source / "pairs.jsonl")
                     tensors = load_tensors(source / "pairs.safetensors")
                 elif args.pairs:
@@ -456,6 +458,8 @@ def run(command="crpo.run(...)", **settings):
                     origin = {"seed": seed, "checkpoint": policy_hash(policy)}
                     scored = score_candidates(source, model, asked, latents,
                                               {"reward": judges.reward}, origin, args.save_clips)
+                    if args.shuffle:
+                        scored = shuffled(scored, args.num_samples, seed)
 
                     # the best and the worst, or all with their advantages
                     if args.loss in PAIRS:

@@ -32,7 +32,7 @@ from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose
 from lib.text import number, tables
 from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
-from reward import JUDGE, REWARD, load_clap
+from reward import JUDGE, REWARD, load_clap, load_reward
 from sample import SAMPLER_FLAGS, Sampling, decode, sample_latents
 from world.ears import features, hear, load_tagger, probabilities, scores, tally_all
 from world.scenes import Scene, World, render_clips
@@ -108,7 +108,7 @@ def bootstrap(statistic, count, draws=1000, seed=0):
 class Judges:
     """Two CLAPs, `reward` and `clap`; two taggers, `tagger` (the truth), `ear`: in this order."""
     def __init__(self, reward=REWARD, judge=JUDGE, tagger=BASE, device="cpu"):
-        self.reward = load_clap(reward, device)
+        self.reward = load_reward(reward, device)
         self.clap = load_clap(judge, device)
         self.tagger = load_tagger(tagger, "judge", device)
         self.ear = load_tagger(tagger, "features", device)
@@ -160,16 +160,17 @@ def summary(found, real):
 
 
 def difference(name, aligned, base, real, rows):
-    """Some rows of S judged sets minus those of one; of Frechet distances the log of the ratio."""
-    ours, theirs = [measure(name, sets, real, rows) for sets in (aligned, [base])]
+    """Some rows of judged sets minus those of others; of Frechet distances the log of the ratio."""
+    ours, theirs = [measure(name, sets, real, rows) for sets in (aligned, base)]
     return np.log(ours / theirs) if name == "frechet" else ours - theirs
 
 
 def gains(aligned, base, real, draws=1000, seed=0):
-    """{measure: (difference, low, high)} of S judged sets `aligned` to `base`; Frechet: ratio."""
-    count = len(base["reward"])
+    """{measure: (difference, low, high)} of judged sets `aligned` to the sets `base`, each of S
+    training seeds; Frechet: a ratio."""
+    count = len(real["reward"])
     changes = {}
-    for name in summary(base, real):
+    for name in summary(base[0], real):
         change = partial(difference, name, aligned, base, real)
         whole = float(change(np.arange(count)))
         if name == "frechet":                   # it takes long: a fifth of the draws
@@ -208,7 +209,7 @@ def compare(found, against, draws=1000, seed=0, pooled=()):
     if len(pooled) > 1:
         groups[f"all {len(pooled)} pooled"] = [found[name] for name in pooled]
     base = found[against]
-    changes = {name: gains(group, base, real, draws, seed) for name, group in groups.items()}
+    changes = {name: gains(group, [base], real, draws, seed) for name, group in groups.items()}
     numbers |= {f"{name} against {against}": change for name, change in changes.items()}
     note = f"Differences to {against}, over prompts ({FEWEST} or more for an interval):"
     return [table, note, change_table(changes)], numbers
@@ -217,7 +218,8 @@ def compare(found, against, draws=1000, seed=0, pooled=()):
 def alarms(name, losses, before, now):
     """One line for each known failure of an iteration; before, now: what the judges said."""
     lines = []
-    if losses["accuracy"] > 0.95 and losses["winner"] > 1.05 * losses["reference_winner"]:
+    risen = losses.get("winner", 0) > 1.05 * losses.get("reference_winner", 0)  # grpo: no errors
+    if losses["accuracy"] > 0.95 and risen:
         lines.append(f"{name}: the winners' loss rose at an accuracy near 1: losers get worse; "
                      "raise --fm_weight or lower --beta, --learning_rate")
     gained = {judge: now[judge] - before[judge] for judge in ("reward", "judge")}
@@ -226,6 +228,9 @@ def alarms(name, losses, before, now):
     if reward[0] > 0 > judge[1]:
         lines.append(f"{name}: the reward rose and the judge fell: the reward is being fooled; "
                      "take an earlier iteration, more prompts or fewer --epochs")
+    if reward[1] < 0:
+        lines.append(f"{name}: the reward itself fell: the policy drifts or collapses; lower "
+                     "--learning_rate or raise --pull")
     return lines
 
 

@@ -12,6 +12,7 @@ Letters: M prompts, U different ones, N clips of each (or in all), P pairs, K cl
 batch, S text tokens, T text width, L latent frames, C channels, D embedding width.
 """
 import json
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import torch
 import torch.nn as nn
 
 from lib.audio import ClapMel, as_mono, read_audio, usable
-from lib.common import (BASE, DEVICE, UserError, choose_device, flag, parse_flags, read_json,
-                        reading, run_main, warn, write_json, write_jsonl)
+from lib.common import (BASE, DEVICE, UserError, choose_device, flag, generator, parse_flags,
+                        read_json, reading, run_main, warn, write_json, write_jsonl)
 from lib.losses import advantages
 from lib.text import MAX_TOKENS, pad_tokens, read_tokenizer, well_formed
 from lib.weights import (find_weights, load_weights, model_folder, save_module, save_tensors)
@@ -130,6 +131,37 @@ def load_clap(source, device="cpu"):
     return clap
 
 
+class UserReward(nn.Module):
+    """A function of a file, "FILE.py:function", in the place of a CLAP.
+
+    function(audios: list of (channels, samples), rate in Hz, prompts) -> a number for each clip."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        path, _, function = name.rpartition(":")
+        with reading(path, f"it must define {function}(audios, rate, prompts)"):
+            code = bytearray(Path(path).read_bytes())
+            self.register_buffer("code", torch.frombuffer(code, dtype=torch.uint8))     # its hash
+            self.function = runpy.run_path(path)[function]
+
+    def scores(self, audios, sampling_rate, prompts):
+        """A list of (channels, samples) with their prompts -> (N,) float32."""
+        with reading(self.name, "it must give a number for each clip"):
+            values = self.function(audios, sampling_rate, prompts)
+            scores = torch.as_tensor(values, dtype=torch.float32)
+            if scores.shape != (len(audios),):
+                raise ValueError(f"its scores of {len(audios)} clips are {tuple(scores.shape)}")
+        return scores
+
+
+def load_reward(name, device="cpu"):
+    """What scores clips: "FILE.py:function", or the folder or hub id of a CLAP."""
+    if str(name).rpartition(":")[0].endswith(".py"):
+        return UserReward(name)
+    return load_clap(name, device)
+
+
 # ----------------------------------------------------------------------------- pairs and groups
 
 def make_pairs(scores, per_prompt=1):
@@ -169,6 +201,14 @@ def pairs_of(folder, scored, latents, count, per_prompt=1):
             row[which] = f"candidates.safetensors#{i}"
             row[f"reward_{which}"] = scored[i]["reward"]
     return save_pairs(folder, rows, {f"{which}_mean": latents[i] for which, i in places.items()})
+
+
+def shuffled(scored, count, seed):
+    """The rows of scores.jsonl, the rewards of each prompt's `count` clips in random order."""
+    rewards = torch.tensor([row["reward"] for row in scored]).view(-1, count)           # (M, N)
+    order = torch.rand(rewards.shape, generator=generator(seed, "shuffle")).argsort(1)
+    mixed = rewards.gather(1, order).flatten().tolist()
+    return [{**row, "reward": value} for row, value in zip(scored, mixed)]
 
 
 def groups_of(scored, latents, count, size):

@@ -15,7 +15,6 @@ B batch, L latent frames, C latent channels, S text tokens, T text width.
 """
 import importlib
 import math
-import runpy
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from lib.audio import (limited, normalise_loudness, output_paths, place_of, save
                        write_wav)
 from lib.common import (ALIGNED, BASE, DEVICE, DTYPE, UserError, check_writable, choose_device,
                         choose_dtype, flag, generator, need, parse_flags, pick,
-                        reading, relative_to_here, run_main, side_by_side, warn, write_json)
+                        relative_to_here, run_main, side_by_side, warn, write_json)
 from lib.fast import quicken
 from lib.text import (concat_conditions, encode_prompts, moved, null_condition,
                       warn_of_unknown_words, well_formed)
@@ -278,12 +277,8 @@ def default_duration(max_duration):
 
 def load_scores(name, device):
     """The function scores(audios, rate, prompts) -> (N,) that --reward names."""
-    path, _, function = name.rpartition(":")
-    if path.endswith(".py"):
-        with reading(path, f"it must define {function}(audios, rate, prompts)"):
-            return runpy.run_path(path)[function]
     # by its name: who reads how a clip is sampled needs no reward.py, which is for --best_of alone
-    return importlib.import_module("reward").load_clap(name, device).scores
+    return importlib.import_module("reward").load_reward(name, device).scores
 
 
 def best_audio(scores, audios, rate, prompt):

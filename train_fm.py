@@ -55,7 +55,7 @@ FLAGS = {"model": [
     flag("--relations", [0.14, 0.24, 0.34, 0.28], "weights of scenes with one sound, two at once, "
          "two in order, three in order", 1e-6, 1e6, nargs=4),
     flag("--counted", 0.35, "share of countable sounds whose number is named", 0, 1),
-    flag("--weak", 0.0, "share of captions false in one thing (paper: WavCaps' are machine-made)", 0, 1),
+    flag("--weak", 0.0, "share of captions false in one thing, as the web's are", 0, 1),
     flag("--validation_fraction", 0.05, "held-out share of a manifest's files", 0, 0.99),
     flag("--cache", None, "folder of the latents; none: in cache/, named after the data"),
     flag("--workers", 2, "processes that render or read clips; 0: this one", 0, 256),

@@ -1,29 +1,92 @@
-"""What the reward alone would gain: the best of N clips (paper A.3, Table 5).
+"""What alignment can gain, and by which loss: the room that a base leaves, losses side by side.
 
-    python -m experiments.alignment best_of
-    python -m experiments.alignment best_of --counts 1 2 --prompts 64
+    python -m experiments.alignment best_of                 # the reward alone (paper A.3, Table 5)
+    python -m experiments.alignment room --bases checkpoints/toy/base runs/base_hard
+    python -m experiments.alignment methods --losses crpo nft control --seeds 0 1 2
+    python -m experiments.alignment guidance                # base and aligned over guidance 1 to 6
+    python -m experiments.alignment recovered --aligned runs/crpo/iteration_4
 
-Prints its tables and writes OUT/best_of.md and .json. Who judges, and how differences are tested:
-see evaluate.py. Letters: M prompts, N clips of each.
+Prints its tables and writes OUT/NAME.md, .json and pictures. Who judges, and how differences are
+tested: see evaluate.py. `room` and `methods` run crpo.py in --runs and go on where they stopped.
+The truth as the reward is a diagnosis, no method: it tells what the reward overlooks from what the
+loss does not carry over. Letters: M prompts, N clips of each, S seeds.
 """
 import shlex
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from evaluate import FLAGS, Judges, Sampler, compare, sampled
-from lib.common import (BASE, UserError, check_writable, choose_device, flag, parse_commands,
-                        run_main, write_report)
+import crpo
+from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, alarms, as_clips, bootstrap, cells,
+                      change_table, compare, gains, judged, measure, sampled, summary)
+from lib.common import (ALIGNED, BASE, UserError, check_writable, choose_device, flag,
+                        markdown, parse_commands, picture, read_json, read_jsonl, run_main,
+                        write_jsonl, write_report)
+from lib.text import number, tables
+from lib.weights import load_tensors
 from model import load_model
-from sample import Sampling
+from sample import Sampling, decode
+from world.ears import COLUMNS, hear, load_tagger, scores, tally_all
 from world.scenes import World, render_clips
 
-COMMANDS = {"best_of": ("Best of N by the reward", {
-    "what": [flag("--checkpoint", str(BASE), "model folder or hub id"),
-             flag("--counts", [1, 5, 10, 15], "the N (paper: the same)", 1, 1000, nargs="+")],
-    **{name: FLAGS[name] for name in ("prompts", "sampler", "who judges", "run")}})}
+# settings of crpo.py by which each loss is run, at equal clips generated
+PAIRED = {"pairs_per_prompt": 3, "epochs": 10, "learning_rate": 3e-4}
+ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
+METHODS = {
+    "crpo": {"loss": "crpo", **PAIRED},
+    "crpo, safeguard": {"loss": "crpo", "safeguard": 0.9, **PAIRED},
+    "dpo": {"loss": "dpo", **PAIRED},
+    "nft": {"loss": "nft", **ALL},
+    "dgpo": {"loss": "dgpo", **ALL, "batch_size": 8, "micro_batch": 2},     # groups of N
+    "awm": {"loss": "awm", "pull": 1.0, **ALL},
+    "grpo": {"loss": "grpo", "pull": 0.04, **ALL},
+    "control": {"loss": "crpo", "shuffle": True, **PAIRED},
+    "nft control": {"loss": "nft", "shuffle": True, **ALL}}
+REWARDS = ("clap", "truth", "shuffled")
 
+COMMON = {name: FLAGS[name] for name in ("who judges", "run")}
+LOOP = [flag("--prompts", 320, "M, prompts of an iteration", 2),
+        flag("--num_samples", 8, "N, clips of each", 2),
+        flag("--eval_prompts", 512, "held-out prompts", 8),
+        flag("--steps", 10, "solver steps", 1),
+        flag("--guidance_scale", 3.0, "classifier-free guidance", 0),
+        flag("--runs", "runs/alignment", "folder of the runs")]
+COMMANDS = {
+    "best_of": ("best of N by the reward", {
+        "what": [flag("--checkpoint", str(BASE), "model folder or hub id"),
+                 flag("--counts", [1, 5, 10, 15], "the N (paper: the same)", 1, 1000, nargs="+")],
+        **{name: FLAGS[name] for name in ("prompts", "sampler", "who judges", "run")}}),
+    "room": ("what a base leaves to gain, by reward and by beta", {
+        "what": [flag("--bases", [str(BASE)], "model folders", nargs="+"),
+                 flag("--rewards", list(REWARDS), "what ranks", nargs="+", choices=list(REWARDS)),
+                 flag("--betas", [20.0, 149.0, 2000.0], "of crpo", 0, nargs="+")],
+        "loop": LOOP, **COMMON}),
+    "methods": ("every loss from the same base", {
+        "what": [flag("--base", str(BASE), "model folder"),
+                 flag("--losses", list(METHODS), "which", nargs="+", choices=list(METHODS)),
+                 flag("--iterations", 2, "of each", 1),
+                 flag("--seeds", [0, 1, 2], "of training", 0, nargs="+")],
+        "loop": LOOP, **COMMON}),
+    "recovered": ("how much of what weak captions cost alignment wins back", {
+        "what": [flag("--base", str(BASE), "model folder of the base"),
+                 flag("--clean", str(BASE), "of the model that learned from true captions alone"),
+                 flag("--aligned", [ALIGNED], "of the aligned models, one a seed", nargs="+"),
+                 flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
+                 flag("--scales", [3.0, 3.0], "guidance: of base, clean and control; of aligned",
+                      0, nargs=2),
+                 flag("--prompts", 1024, "held-out prompts of unseen pairs", 8),
+                 flag("--steps", 10, "solver steps", 1)], **COMMON}),
+    "guidance": ("base and aligned over the guidance scale", {
+        "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
+                 flag("--scales", [1.0, 1.5, 2.0, 3.0, 4.5, 6.0], "guidance", 0, nargs="+"),
+                 flag("--prompts", 512, "held-out prompts", 8),
+                 flag("--steps", 10, "solver steps", 1)], **COMMON})}
+
+
+# ----------------------------------------------------------------------------- best of N
 
 def best_of(scores):
     """Index of each prompt's best clip: scores (M, N) -> (M,); the first of equals, never NaN."""
@@ -33,33 +96,332 @@ def best_of(scores):
     return np.nanargmax(scores, axis=1)
 
 
+def candidates_of(judges, model, scenes, count, sampler):
+    """`count` clips of each scene, judged: arrays of M N rows, see Judges.judge."""
+    repeated = [scene for scene in scenes for _ in range(count)]
+    clips, _ = sampled(model, repeated, sampler)
+    return judges.judge(clips, repeated)
+
+
 def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
     """The reward chooses among N clips; judge and truth say if it helps -> tables, numbers."""
     most = max(counts)
-    repeated = [scene for scene in scenes for _ in range(most)]
-    clips, _ = sampled(model, repeated, sampler)
-    candidates = judges.judge(clips, repeated)
+    candidates = candidates_of(judges, model, scenes, most, sampler)
     rewards = candidates["reward"].reshape(len(scenes), most)                           # (M, N)
     found = {"real": judges.judge(real, scenes)}
     for count in counts:
-        chosen = np.arange(0, len(repeated), most) + best_of(rewards[:, :count])
+        chosen = np.arange(0, rewards.size, most) + best_of(rewards[:, :count])
         found[f"best of {count}"] = {name: each[chosen] for name, each in candidates.items()}
     return compare(found, f"best of {min(counts)}", draws, sampler.seed)
 
 
-def main(argv=None):
-    args = parse_commands(__doc__, COMMANDS, argv)
-    check_writable(Path(args.out) / "best_of.md", Path(args.cache) / "latents")
-    device = choose_device(args.device)
-    judges = Judges(args.reward, args.judge, args.tagger, device)
-    model = load_model(args.checkpoint, device)
+# ----------------------------------------------------------------------------- the room
+
+def truth(tallies):
+    """Rows (N, columns) of world.ears.tally -> (N,): exact + F1 + half for order and for counts."""
+    column = dict(zip(COLUMNS, np.asarray(tallies, float).T))
+    f1 = 2 * column["hits"] / (2 * column["hits"] + column["extras"] + column["misses"])
+    order = column["order_right"] / np.maximum(column["ordered"], 1)
+    counts = column["counts_right"] / np.maximum(column["counted"], 1)
+    return column["exact"] + f1 + 0.5 * order + 0.5 * counts
+
+
+def room_of(candidates, count):
+    """{what: (M,) of each prompt} about N = `count` clips: what choosing could gain."""
+    rewards = candidates["reward"].reshape(-1, count)                                   # (M, N)
+    tallies = candidates["tally"].reshape(len(rewards), count, -1)
+    exact = tallies[..., COLUMNS.index("exact")].astype(float)
+    rows = np.arange(len(rewards))
+    above = rewards[:, :, None] > rewards[:, None]                                      # (M, N, N)
+    pairs = exact[:, :, None] * (1 - exact[:, None])            # an exact clip and one that is not
+    with np.errstate(invalid="ignore"):
+        ranked = (above * pairs).sum((1, 2)) / pairs.sum((1, 2))                        # NaN: none
+    return {"one clip": exact.mean(1), f"best of {count} by truth": exact.max(1),
+            f"best of {count} by the reward": exact[rows, best_of(rewards)],
+            "exact above not": ranked}
+
+
+def room_table(rooms, draws):
+    """The table of {base: room_of(...)}, shares with 95 % intervals over prompts, and numbers."""
+    numbers = {base: {} for base in rooms}
+    rows = []
+    for what in next(iter(rooms.values())):
+        row = [what]
+        for base, room in rooms.items():
+            values = room[what]
+            low, high = bootstrap(lambda rows: np.nanmean(values[rows]), len(values), draws)
+            mean = float(np.nanmean(values))
+            numbers[base][what] = [mean, low, high]
+            row.append(f"{mean:.3f} ({low:.3f}-{high:.3f})")
+        rows.append(row)
+    return markdown(["exact scenes", *rooms], rows), numbers
+
+
+# ----------------------------------------------------------------------------- runs of crpo.py
+
+def share_candidates(source, folder, rewards=None):
+    """Begin the run `folder` with what the run `source` judged and sampled in its iteration 1.
+    rewards (M N,): in the place of the scores there."""
+    if (folder / "iteration_1" / "scores.jsonl").is_file() or folder == source:
+        return
+    for name in ("real.safetensors", "base.safetensors", "iteration_1/prompts.jsonl",
+                 "iteration_1/candidates.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, folder / name)
+    rows = read_jsonl(source / "iteration_1" / "scores.jsonl")
+    for row, reward in zip(rows, [] if rewards is None else rewards):
+        row["reward"] = float(reward)
+    write_jsonl(folder / "iteration_1" / "scores.jsonl", rows)
+
+
+def true_rewards(folder, base, tagger, device):
+    """`truth` of the candidates of a run, in the order of its scores.jsonl."""
+    rows = read_jsonl(folder / "iteration_1" / "scores.jsonl")
+    latents = load_tensors(folder / "iteration_1" / "candidates.safetensors")["latents"]
+    codec, tagger = load_model(base, device, parts=("codec",)).codec, load_tagger(tagger, "judge")
+    world, found = World("train", seed="crpo"), []
+    for start in range(0, len(rows), 256):
+        some = rows[start:start + 256]
+        audios = decode(codec, latents[start:start + 256], [row["duration"] for row in some])
+        scenes = [world.scene(row["prompt_id"]) for row in some]
+        found.append(truth(tally_all(hear(tagger, as_clips(codec, audios)), scenes)))
+    return np.concatenate(found)
+
+
+def judged_sets(folder, iterations):
+    """{"real", "base", "iteration 1", ...: judged arrays} of a finished run of crpo.py."""
+    paths = {"real": folder / "real.safetensors", "base": folder / "base.safetensors"}
+    for k in range(1, iterations + 1):
+        paths[f"iteration {k}"] = folder / f"iteration_{k}" / "heard.safetensors"
+    return {name: judged(path, None, None, None) for name, path in paths.items()}
+
+
+def settings_of(args, **more):
+    """Settings of crpo.py that all runs of a command share."""
+    names = ("prompts", "num_samples", "eval_prompts", "steps", "guidance_scale", "reward",
+             "judge", "tagger", "device")
+    return {**{name: getattr(args, name) for name in names}, "save_clips": 256, **more}
+
+
+def room(args, judges, device):
+    """Bases, rewards and betas: the room of each, and what one iteration makes of it."""
+    scenes = render_clips(World("val", pairs="all"), range(args.prompts))[1]
+    sampling = Sampling(args.steps, args.guidance_scale)
+    sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
+    rooms, changes, rows = {}, {}, []
+    for base in args.bases:
+        name = Path(base).name
+        candidates = candidates_of(judges, load_model(base, device), scenes, args.num_samples,
+                                   sampler)
+        rooms[name] = room_of(candidates, args.num_samples)
+        first = Path(args.runs) / f"{name}_clap_{args.betas[0]:g}"
+        for reward in args.rewards:
+            for beta in args.betas:
+                folder = Path(args.runs) / f"{name}_{reward}_{beta:g}"
+                if folder != first:
+                    rewards = None
+                    if reward == "truth":
+                        rewards = true_rewards(first, base, args.tagger, device)
+                    share_candidates(first, folder, rewards)
+                settings = settings_of(args, checkpoint=base, iterations=1, beta=beta, **PAIRED)
+                crpo.run(f"room: {folder.name}", out=str(folder), shuffle=reward == "shuffled",
+                         **settings)
+                found = judged_sets(folder, 1)
+                if folder == first:
+                    rows += [[f"{name}: {key}", *cells(summary(found[key], found["real"]))]
+                             for key in ("real", "base")]
+                label = f"{name}, {reward}, beta {beta:g}"
+                rows.append([label, *cells(summary(found["iteration 1"], found["real"]))])
+                changes[label] = gains([found["iteration 1"]], [found["base"]], found["real"],
+                                       args.draws)
+    table, numbers = room_table(rooms, args.draws)
+    return [table, tables(["clips", *HEADS], rows), change_table(changes)], {
+        "room": numbers, "changes": changes}
+
+
+def methods(args, judges, device):
+    """Every loss, `iterations` times from the same base, over seeds: means, bands, intervals."""
+    runs, curves = {name: [] for name in args.losses}, {name: [] for name in args.losses}
+    for seed in args.seeds:
+        first = None
+        for name in args.losses:
+            folder = Path(args.runs) / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+            how = METHODS[name]
+            if first and how["loss"] != "grpo":         # whose candidates are paths
+                share_candidates(first, folder)
+            crpo.run(f"methods: {folder.name}", out=str(folder), checkpoint=args.base, seed=seed,
+                     iterations=args.iterations, **settings_of(args, **how))
+            if how["loss"] != "grpo":
+                first = first or folder
+            runs[name].append((folder, judged_sets(folder, args.iterations)))
+
+    # a row for each loss: all seeds' last iterations against the base; where it begins to hack
+    last, changes, rows = f"iteration {args.iterations}", {}, []
+    for name, seeds in runs.items():
+        real, base = seeds[0][1]["real"], seeds[0][1]["base"]
+        changes[name] = gains([found[last] for _, found in seeds], [base], real, args.draws)
+        reports = [read_json(folder / f"iteration_{args.iterations}" / "report.json")
+                   for folder, _ in seeds]
+        minutes = [read_jsonl(folder / f"iteration_{k}" / "log.jsonl")[-1]["minutes"]
+                   for folder, _ in seeds for k in range(1, args.iterations + 1)]
+        drift = np.mean([report.get("drift", np.nan) for report in reports])
+        change = [report["winner"] / report["reference_winner"] if "winner" in report else np.nan
+                  for report in reports]
+        rows.append([name, number(sum(minutes) / len(seeds), 1), number(drift, 4),
+                     number(np.mean(change), 3), hacks(seeds, args.iterations)])
+        for k in range(args.iterations + 1):
+            key = f"iteration {k}" if k else "base"
+            curves[name].append([summary(found[key], real) for _, found in seeds])
+    real = summary(real, real)
+    draw_curves(Path(args.out) / "methods.png", curves, args.prompts * args.num_samples, real)
+    heads = ["loss", "minutes of training", "drift", "winners' error, ratio", "hacks from"]
+    return [markdown(heads, rows), change_table(changes)], {"changes": changes, "curves": curves}
+
+
+def hacks(seeds, iterations):
+    """The first iteration in which the reward rose and the judge fell, of any seed; "-": none."""
+    names = ["base", *[f"iteration {k}" for k in range(1, iterations + 1)]]
+    calm = {"accuracy": 0, "winner": 0, "reference_winner": 1}
+    for k in range(1, iterations + 1):
+        for _, found in seeds:
+            if alarms(names[k], calm, found[names[k - 1]], found[names[k]]):
+                return names[k]
+    return "-"
+
+
+def draw_curves(path, curves, clips, real):
+    """Judge and exact scenes over clips generated, a band over seeds for each loss."""
+    with picture(path, 5.5, 4, 2) as axes:
+        for axis, name in zip(axes or [], ("judge", "exact")):
+            for loss, points in curves.items():
+                values = np.array([[found[name] for found in seeds] for seeds in points])
+                x = np.arange(len(values)) * clips
+                line, = axis.plot(x, values.mean(1), marker="o", label=loss)
+                axis.fill_between(x, values.min(1), values.max(1), alpha=0.2, color=line.get_color())
+            axis.axhline(real[name], color="grey", label="real scenes")
+            axis.set(xlabel="clips generated", ylabel=MEASURES[name])
+            axis.legend(fontsize=7)
+
+
+# ----------------------------------------------------------------------------- guidance
+
+def guidance(args, judges, device):
+    """Each model over guidance scales: judge and exact scenes against the Frechet distance."""
+    clips, scenes = render_clips(World("test", pairs="unseen"), range(args.prompts))
+    found = {"real": judges.judge(clips, scenes)}
+    rows, fronts = [], {}
+    for source in args.models:
+        model, name = load_model(source, device), Path(source).name
+        for scale in args.scales:
+            sampler = Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
+            key = f"{name} at {scale:g}"
+            found[key] = judges.judge(sampled(model, scenes, sampler)[0], scenes)
+            front = summary(found[key], found["real"])
+            fronts.setdefault(name, []).append(front)
+            rows.append([key, *cells(front)])
+    with picture(Path(args.out) / "guidance.png", 5.5, 4, 2) as axes:
+        for axis, key in zip(axes or [], ("judge", "exact")):
+            for name, points in fronts.items():
+                x = [point["frechet"] for point in points]
+                y = [point[key] for point in points]
+                axis.plot(x, y, marker="o", label=name)
+                for scale, *place in zip(args.scales, x, y):
+                    axis.annotate(f"{scale:g}", place, fontsize=7)
+            axis.set(xlabel="Frechet distance", ylabel=MEASURES[key])
+            axis.legend()
+    best = {}
+    for name, points in fronts.items():
+        judge = [point["judge"] for point in points]
+        best[name] = f"{name} at {args.scales[int(np.argmax(judge))]:g}"
+    first, *others = best.values()
+    changes = {}
+    for key in others:
+        changes[f"{key} against {first}"] = gains([found[key]], [found[first]], found["real"],
+                                                  args.draws)
+    note = "Each model at its best guidance by the judge:"
+    return [tables(["clips", *HEADS], rows), note, change_table(changes)], {
+        "fronts": fronts, "changes": changes}
+
+
+# ----------------------------------------------------------------------------- recovered
+
+SHARES = ("judge", "exact", "order", "f1", "count")
+
+
+def share(name, found, real, rows):
+    """(aligned - base) / (clean - base) of a measure, over some rows of the prompts."""
+    aligned, base, clean = [measure(name, found[key], real, rows)
+                            for key in ("aligned", "base", "clean")]
+    return (aligned - base) / (clean - base)
+
+
+def recovered(args, judges, device):
+    """What lies between a base that learned from weak captions and one that learned from true
+    ones, and how much of it is won back; beside it the control, whose rewards were shuffled."""
+    clips, scenes = render_clips(World("test", pairs="unseen"), range(args.prompts))
+    real = judges.judge(clips, scenes)
+    second = {"real": tally_all(hear(judges.ear, clips), scenes)}       # by the other tagger
+    sources = {"base": [args.base], "clean": [args.clean], "aligned": args.aligned,
+               "control": args.control}
+    found = {kind: [] for kind in sources}
+    rows = [["real", *cells(summary(real, real))]]
+    for kind, folders in sources.items():
+        scale = args.scales[kind == "aligned"]
+        sampler = Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
+        heard = []
+        for place, folder in enumerate(folders):
+            clips, _ = sampled(load_model(folder, device), scenes, sampler)
+            found[kind].append(judges.judge(clips, scenes))
+            heard.append(tally_all(hear(judges.ear, clips), scenes))
+            rows.append([f"{kind} {place}", *cells(summary(found[kind][-1], real))])
+        second[kind] = sum(heard) if heard else []
+
+    # differences, what is recovered, and what the second tagger says
+    pairs = {"aligned - base": ("aligned", "base"), "control - base": ("control", "base"),
+             "aligned - control": ("aligned", "control"), "clean - base": ("clean", "base")}
+    changes = {}
+    for name, (ours, theirs) in pairs.items():
+        if found[ours] and found[theirs]:
+            changes[name] = gains(found[ours], found[theirs], real, args.draws, args.seed)
+    shares = {}
+    for name in SHARES:
+        of_rows = partial(share, name, found, real)
+        low, high = bootstrap(of_rows, args.prompts, args.draws, args.seed)
+        shares[name] = [float(of_rows(np.arange(args.prompts))), low, high]
+    heads = ["recovered: (aligned - base) / (clean - base)", "share", "95 %: from", "to"]
+    table = [[MEASURES[name], *[number(value, 2) for value in values]]
+             for name, values in shares.items()]
+    other = [[kind, *[number(scores(rows)[name], 3) for name in SHARES[1:]]]
+             for kind, rows in second.items() if np.size(rows)]
+    return [tables(["clips", *HEADS], rows), change_table(changes), markdown(heads, table),
+            "By the second tagger:", markdown(["clips", *[MEASURES[n] for n in SHARES[1:]]], other)
+            ], {"changes": changes, "recovered": shares, "second tagger": other}
+
+
+# ----------------------------------------------------------------------------- command line
+
+def best_of_table(args, judges, device):
+    """Table 5 in small."""
     real, scenes = render_clips(World("test", pairs=args.pairs), range(args.prompts))
     sampling = Sampling(args.steps, args.guidance_scale, args.solver)
     sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
-    paragraphs, numbers = best_of_counts(judges, model, scenes, real, args.counts, sampler,
-                                         args.draws)
+    model = load_model(args.checkpoint, device)
+    return best_of_counts(judges, model, scenes, real, args.counts, sampler, args.draws)
+
+
+TABLES = {"best_of": best_of_table, "room": room, "methods": methods, "recovered": recovered,
+          "guidance": guidance}
+
+
+def main(argv=None):
+    args = parse_commands(__doc__, COMMANDS, argv)
+    check_writable(Path(args.out) / f"{args.command}.md", Path(args.cache) / "latents")
+    device = choose_device(args.device)
+    judges = Judges(args.reward, args.judge, args.tagger, device)
+    paragraphs, numbers = TABLES[args.command](args, judges, device)
     command = shlex.join(sys.argv[1:] if argv is None else argv)
-    write_report(args.out, "best_of", "Best of N by the reward",
+    title = COMMANDS[args.command][0]
+    write_report(args.out, args.command, title[0].upper() + title[1:],
                  f"python -m experiments.alignment {command}", paragraphs,
                  {"settings": vars(args), **numbers})
     print("next: python evaluate.py compares an aligned model with its base")

@@ -1,9 +1,9 @@
 """Losses that learn from preferences: pure functions, side by side, behind `crpo.py --loss`.
 
-  crpo  the paper's Eq. 3, of pairs of a prompt's clips: L_DPO-FM (Eq. 2) + the winners' L_FM (Eq. 5)
+  crpo  the paper's Eq. 3, of pairs of clips of a prompt: L_DPO-FM (Eq. 2) + the winners' L_FM
   dpo   L_DPO-FM alone
-  nft   DiffusionNFT (arXiv 2509.16117), of all N clips of a prompt, as all below: good ones pull the
-        policy, bad ones its mirror image. (There sampled at guidance 1; here any scale will do.)
+  nft   DiffusionNFT (arXiv 2509.16117), of all N clips of a prompt, as all below: good ones pull
+        the policy, bad ones its mirror image (there sampled at guidance 1, here at any scale)
   dgpo  direct group preference: A-weighted errors, weaker as the group's preference is learned
   awm   advantage-weighted matching: A-weighted errors, held by `pull` alone
   grpo  the policy gradient of noisy steps (TangoFlux A.11; Flow-GRPO, arXiv 2505.05470)
@@ -46,7 +46,8 @@ def dpo_fm_loss(winner, loser, reference_winner, reference_loser, beta=2000.0, h
     half = 0.5 as the official code, 1 as Eq. 2. At policy = reference the loss is log 2."""
     logits = -half * beta * ((winner - loser) - (reference_winner - reference_loser))   # (B,)
     loss = -F.logsigmoid(logits).mean()
-    parts = {"accuracy": logits > 0, "margin": logits, "dpo": loss, "winner": winner, "loser": loser,
+    parts = {"accuracy": logits > 0, "margin": logits, "dpo": loss,
+             "winner": winner, "loser": loser,
              "reference_winner": reference_winner, "reference_loser": reference_loser}
     return loss, means(parts)
 

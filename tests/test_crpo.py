@@ -299,3 +299,4 @@ def test_alarms_name_the_known_failures():
     assert crpo.alarms("iteration 1", losses, before, better) == []
     lines = crpo.alarms("iteration 1", {**losses, "winner": 0.25}, before, fooled)
     assert len(lines) == 2 and "loss rose" in lines[0] and "being fooled" in lines[1]
+    assert "reward itself fell" in crpo.alarms("iteration 1", {"accuracy": 0.99}, better, before)[0]    # grpo: no errors

@@ -66,7 +66,7 @@ def test_gains_have_the_right_sign_and_pool_seeds():
     base, real = arrays(rng, 300, 0.0), arrays(rng, 300, 0.4)
     real["features"] = rng.standard_normal((300, 4))
     better = [arrays(rng, 300, 0.4) for _ in range(3)]
-    changes = evaluate.gains(better, base, real, draws=200)
+    changes = evaluate.gains(better, [base], real, draws=200)
     for name in ("reward", "judge", "order", "exact"):
         value, low, high = changes[name]
         assert low > 0 and low < value < high and 0.3 < value < 0.5, name

@@ -12,7 +12,7 @@ import crpo
 import expert_iteration
 import ranker
 from experiments import alignment, attm, toy
-from lib.common import read_json
+from lib.common import read_json, read_jsonl
 
 
 def narrow(path):
@@ -79,6 +79,68 @@ def test_the_best_of_more_scores_higher(place, tmp_path):  # noqa: F811
     narrow(tmp_path / "best_of.md")
     numbers = read_json(tmp_path / "best_of.json")
     assert numbers["best of 3"]["reward"] > numbers["best of 1"]["reward"]
+
+
+TINY = ("--num_samples 3 --prompts 4 --eval_prompts 8 --steps 2 --draws 20 --device cpu --runs runs --out out "
+        "--cache cache").split()
+
+
+def run_alignment(place, monkeypatch, command, *more):  # noqa: F811
+    monkeypatch.chdir(place)
+    pool = crpo.prompt_pool
+    monkeypatch.setattr(crpo, "prompt_pool", lambda file, size, *more: pool(file, 50, *more))
+    for name in ("PAIRED", "ALL"):
+        monkeypatch.setitem(getattr(alignment, name), "epochs", 1)
+    ears = ["--reward", str(place / "reward"), "--judge", str(place / "judge"), "--tagger", str(place)]
+    alignment.main([command, *more, *ears])
+    return narrow(place / "out" / f"{command}.md"), read_json(place / "out" / f"{command}.json")
+
+
+def test_the_room_of_a_base(place, monkeypatch):  # noqa: F811
+    exact = np.zeros((2, 3, len(alignment.COLUMNS)))
+    exact[0, 1:, alignment.COLUMNS.index("exact")] = 1              # clips 1, 2 of prompt 0; none of prompt 1
+    found = alignment.room_of({"reward": np.array([1, 0, 2, 5, 6, 7.0]), "tally": exact.reshape(6, -1)}, 3)
+    assert found["one clip"].tolist() == [pytest.approx(2 / 3), 0] and found["best of 3 by truth"].tolist() == [1, 0]
+    assert found["best of 3 by the reward"].tolist() == [1, 0]
+    assert found["exact above not"][0] == 0.5 and np.isnan(found["exact above not"][1])
+    row = dict.fromkeys(alignment.COLUMNS, 0) | {"hits": 2, "extras": 1, "misses": 1, "ordered": 1, "order_right": 1,
+                                                 "counted": 2, "counts_right": 1, "exact": 0, "clips": 1}
+    assert alignment.truth([list(row.values())]).tolist() == [pytest.approx(4 / 6 + 0.5 + 0.25)]
+    monkeypatch.setattr(alignment, "truth", lambda tallies: np.arange(len(tallies)) % 7)        # these ears hear nothing
+    text, numbers = run_alignment(place, monkeypatch, "room", "--bases", str(place / "a"), "--betas", "149", *TINY)
+    assert "a, truth, beta 149" in text and "best of 3 by truth" in text
+    rewards = {name: [row["reward"] for row in read_jsonl(place / "runs" / f"a_{name}_149" / "iteration_1" / "scores.jsonl")]
+               for name in ("clap", "truth", "shuffled")}
+    assert rewards["shuffled"] == rewards["clap"] != rewards["truth"] and min(rewards["truth"]) >= 0
+    pairs = [read_jsonl(place / "runs" / f"a_{name}_149" / "iteration_1" / "pairs.jsonl") for name in ("clap", "shuffled")]
+    assert [row["reward_winner"] for row in pairs[0]] == [row["reward_winner"] for row in pairs[1]] and pairs[0] != pairs[1]
+
+
+def test_losses_side_by_side(place, monkeypatch):  # noqa: F811
+    text, numbers = run_alignment(place, monkeypatch, "methods", "--base", str(place / "a"), "--losses", "nft",
+                                  "control", "--iterations", "1", "--seeds", "0", "1", *TINY)
+    assert all(f"| {name} " in text for name in ("nft", "control"))
+    assert [len(seeds) for seeds in numbers["curves"]["nft"]] == [2, 2]     # base, iteration 1; two seeds
+    assert numbers["curves"]["nft"][0] == numbers["curves"]["control"][0]      # the same base
+
+
+def test_guidance_shows_a_front(place, monkeypatch):  # noqa: F811
+    flags = ["--prompts", "8", "--steps", "2", "--scales", "1", "3", "--draws", "20", "--device", "cpu", "--out", "out",
+             "--cache", "cache", "--models", str(place / "a"), str(place / "b")]
+    text, numbers = run_alignment(place, monkeypatch, "guidance", *flags)
+    assert "a at 3" in text and len(numbers["fronts"]["b"]) == 2 and len(numbers["changes"]) == 1
+
+
+def test_what_is_recovered(place, monkeypatch):  # noqa: F811
+    rows, found = np.arange(4), {"base": [0.2], "clean": [0.6], "aligned": [0.3, 0.5]}
+    sets = {name: [{"judge": np.full(4, value)} for value in values] for name, values in found.items()}
+    assert alignment.share("judge", sets, None, rows) == pytest.approx(0.5)
+    flags = ["--prompts", "8", "--steps", "2", "--draws", "20", "--device", "cpu", "--out", "out", "--cache", "cache"]
+    models = {"base": "a", "clean": "b", "aligned": "c", "control": "a"}
+    flags += [word for name, model in models.items() for word in (f"--{name}", str(place / model))]
+    text, numbers = run_alignment(place, monkeypatch, "recovered", *flags)
+    assert set(numbers["changes"]) == {"aligned - base", "control - base", "aligned - control", "clean - base"}
+    assert numbers["changes"]["control - base"]["judge"][0] == 0 and "By the second tagger" in text
 
 
 def test_a_paired_test_sees_a_difference_of_each_prompt():

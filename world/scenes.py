@@ -206,7 +206,7 @@ class World:
     weak: float = 0.0       # share of the captions that are false in one thing, as on the web
 
     def settings(self):
-        """What decides the scenes, for cache keys; "weak", "events" only if they are not as ever."""
+        """What decides the scenes, for cache keys; "weak", "events" only if not as they were."""
         table = derive_seed(*EVENT_NAMES)
         settings = {"world": 1, **asdict(self), "relations": list(self.relations)}
         if not self.weak:
