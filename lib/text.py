@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lib.audio import usable
 from lib.common import UserError, markdown, read_json, reading, warn, write_json, write_text
-from lib.weights import (check_finite, empty, fetch, find_weights, load_weights, model_folder,
-                         resolve, save_tensors)
+from lib.weights import (check_finite, fetch, find_weights, load_weights, model_folder, resolve,
+                         save_tensors)
 
 PAD, END, UNKNOWN = 0, 1, 2                                 # as in T5
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -91,15 +91,15 @@ class TextEncoder(nn.Module):
         weights = weights or find_weights(folder, "model.safetensors")
         decoder = ("decoder.", "lm_head.")
         names = {name: name for name in weights if not name.startswith(decoder)}
-        shared = TIED[1] if TIED[1] in names else TIED[0]
-        names |= {name: shared for name in TIED}
+        names[TIED[0]] = names.pop(TIED[1], TIED[0])        # the tied pair is read once
         path = folder / "tokenizer_config.json"
         with reading(folder, "take the config.json and weights of one T5 encoder"):
+            if config.get("num_layers", 0) > len(names):    # each block costs memory, even empty
+                raise ValueError(f"num_layers is {config['num_layers']}")
             with torch.device("meta"):      # no random numbers are drawn in vain
                 t5 = make_t5(**config)
-            t5 = empty(t5, dtype)
-            t5.encoder.embed_tokens = t5.shared         # to_empty parts the tied pair
-            load_weights(t5, weights.renamed(names))
+            load_weights(t5, weights.renamed(names), TIED[1:], dtype)
+            t5.encoder.embed_tokens = t5.shared         # memory parts the tied pair
             limit = read_json(path).get("model_max_length") if path.is_file() else None
             limit = limit if limit and limit <= 1e5 else MAX_TOKENS
         return cls(t5, read_tokenizer(folder), limit).eval()

@@ -7,6 +7,7 @@ ranker, or the files of a run or a cache. Right is exit code 0, or 2 and one lin
 is written outside of the working folder, no empty folder and no temporary file stays, and 20 s are enough.
 """
 import argparse
+import contextlib
 import importlib
 import io
 import json
@@ -18,6 +19,7 @@ import struct
 import sys
 import tempfile
 from collections import Counter
+from copy import deepcopy
 from itertools import permutations
 from pathlib import Path
 
@@ -105,7 +107,7 @@ def break_value(draw, value, odd=ODD):
         if how == "renamed" and isinstance(container, dict):
             container[choose(draw, "location", "captions", "youtube_id", "audiocap_id", "chosen", "x")] = old
         elif how in ("odd", "wrapped"):
-            container[key] = choose(draw, *odd) if how == "odd" else [old]
+            container[key] = deepcopy(choose(draw, *odd)) if how == "odd" else [old]     # else the next one breaks `odd`
         SAID.append(f"{how}: {key!r} is {str(container[key])[:40] if how in ('odd', 'wrapped') else how}")
     return value
 
@@ -284,14 +286,16 @@ def run(command, words, files, folder, place):
 # ----------------------------------------------------------------------------- all of them
 
 def fuzz(count, number, accepted=False):
-    """`count` inputs of a seed -> (Counter of (what is broken, outcome), {(kind, where): its smallest input, ...})."""
+    """`count` different inputs of a seed -> (Counter of (what is broken, outcome), {(kind, where): its smallest input, ...})."""
     counts, findings, known = Counter(), {}, set()
 
     @seed(number)
-    @settings(max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10 * count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(inputs())
     def one(made):
         kind, command, words, files, folder = made
+        if len(known) == count:
+            raise InterruptedError
         if repr(made) in known:                                         # hypothesis repeats itself
             return
         known.add(repr(made))
@@ -305,7 +309,8 @@ def fuzz(count, number, accepted=False):
             findings[found] = min(findings.get(found, (size + 1,)), (size, told))
         if accepted and code == 0:
             print("accepted:", *told, sep="\n    ")
-    one()
+    with contextlib.suppress(InterruptedError):
+        one()
     return counts, findings
 
 

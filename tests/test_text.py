@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import refused, relative_error
 
+import lib.weights
 from lib.text import (END, TIED, TextEncoder, load_text, look_both_ways, make_t5, make_text_encoder, make_tokenizer,
                       null_tokens, warn_of_unknown_words)
 from lib.weights import load_tensors, save_tensors
@@ -114,14 +115,18 @@ def test_text_folder_reads_in_transformers_and_here(tmp_path, encoder):
     save_tensors(tmp_path / "model.safetensors", {TIED[1]: weights.pop(TIED[0]), **weights, **more})
     again = load_text(tmp_path.parent, {"text_encoder_name": tmp_path.name}, None, torch.float32)
     assert torch.equal(again.encode(ids, mask), hidden) and again.max_tokens == 40
+    assert again.t5.encoder.embed_tokens is again.t5.shared
 
 
 @pytest.mark.parametrize("name, text, match", [
     ("config.json", None, "config.json is missing"), ("tokenizer_config.json", "[]", "cannot be used"),
-    ("config.json", '{"d_model": "wide"}', "cannot be used"), ("tokenizer.json", "{}", "tokenizer.json"),
+    ("config.json", '{"d_model": "wide"}', "cannot be used"), ("config.json", '{"num_layers": 1000000000}', "num_layers is 1000000000"),
+    ("config.json", '{"num_layers": 1, "d_model": 8000000}', r"does not fit its config in \d+ names"), ("tokenizer.json", "{}", "tokenizer.json"),
     ("model.safetensors", None, "is missing")])
-def test_broken_folders_are_told(tmp_path, encoder, name, text, match):
+def test_broken_folders_are_told(tmp_path, encoder, name, text, match, monkeypatch):
+    """Before anything large is allocated."""
     encoder.save(tmp_path)
+    monkeypatch.setattr(lib.weights, "empty", None)
     (tmp_path / name).unlink()
     if text is not None:
         (tmp_path / name).write_text(text)
