@@ -108,15 +108,12 @@ def load_weights(module, weights, optional=(), dtype=None):
     if problems:
         first = "; ".join(problems[:6])
         raise UserError(f"{weights.what} does not fit its config in {len(problems)} names: {first}")
-    own = (empty(module, dtype) if dtype else module).state_dict()
+    if dtype:
+        module.to(dtype).to_empty(device="cpu")
+    own = module.state_dict()
     for name in here:
         own[name].copy_(weights[name])
     return module
-
-
-def empty(module, dtype=torch.float32):
-    """A module made on the meta device -> the same with memory, uninitialised, in `dtype`."""
-    return module.to(dtype).to_empty(device="cpu")
 
 
 def check_finite(tensor, what):
