@@ -76,7 +76,7 @@ def read_cell(row, what, key):
     """The text in a cell, of a list of captions the first; of NUMBERS one or None. ValueError."""
     value = row.get(key)
     if what in NUMBERS:
-        number = None if value in (None, "") else float(value)
+        number = None if value is None or str(value).strip() == "" else float(value)
         if number is not None and not NUMBERS[what] < number < math.inf:
             raise ValueError(f"its {key} is {number}")
         return number
@@ -128,6 +128,12 @@ def add_audiocaps_paths(rows, folder):
         row["audio"] = known[0] if known else f"{video or clip}.wav"
 
 
+def sound_place(folder, name):
+    """The path of a sound, below `folder` or (official) here; else without spaces around it."""
+    places = [os.path.join(base, each) for each in (name, name.strip()) for base in (folder, "")]
+    return os.path.abspath(next(filter(os.path.exists, places), places[0]))
+
+
 def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, score_key=None,
                   audio_dir=None, others=False):
     """Rows {"audio": absolute path, "caption", "duration": seconds or None, "score" or None}; paths
@@ -142,10 +148,7 @@ def read_manifest(path, caption_key=None, audio_key=None, duration_key=None, sco
              "score": score_key}
     rows = []
     for whole, row in read_cells(path, table, asked, "name its own by --audio_key, --caption_key"):
-        place = os.path.join(folder, row["audio"])
-        if os.path.exists(row["audio"]) and not os.path.exists(place):
-            place = os.path.abspath(row["audio"])
-        row["audio"] = os.path.normpath(place)
+        row["audio"] = sound_place(folder, row["audio"])
         rows.append({**row, "others": whole} if others else row)
     return rows
 
@@ -177,8 +180,7 @@ def split_rows(rows, fraction, seed=0):
     folder = os.path.commonpath([row["audio"] for row in rows])
     place = {}
     for row in rows:
-        name = os.path.relpath(row["audio"], folder)
-        place[row["audio"]] = derive_seed(seed, name) / 2 ** 63
+        place[row["audio"]] = derive_seed(seed, os.path.relpath(row["audio"], folder)) / 2 ** 63
     held_out = sum(value < fraction for value in place.values())
     if 0 < fraction < 1:
         held_out = min(max(held_out, 1), len(place) - 1)
@@ -197,7 +199,7 @@ def load_clip(row, sampling_rate, channels, samples, crop="center"):
 
 def read_pair(folder, row):
     """A row of read_pairs with the paths of its two sounds. UserError: unusable, or the same."""
-    winner, loser = (str(Path(folder) / row[side]) for side in ("winner", "loser"))
+    winner, loser = (sound_place(folder, row[side]) for side in ("winner", "loser"))
     probe_audio(winner)
     probe_audio(loser)
     if filecmp.cmp(winner, loser, shallow=False):

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lib.audio import usable
-from lib.common import UserError, markdown, read_json, reading, warn, write_json, write_text
+from lib.common import UserError, read_json, reading, warn, write_json, write_text
 from lib.weights import (check_finite, fetch, find_weights, load_weights, model_folder, resolve,
-                         save_tensors)
+                         save_tensors, weights_hash)
 
 PAD, END, UNKNOWN = 0, 1, 2                                 # as in T5
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -113,13 +113,23 @@ def load_text_encoder(name):
     return TextEncoder.load(inner if inner.is_dir() else folder)
 
 
+def text_place(folder, name):
+    """The folder of a text encoder in a model folder: text_encoder/ or `name`; None: on the hub."""
+    return next(filter(Path.is_dir, (folder / "text_encoder", folder / name)), None)
+
+
+def text_hash(folder, name):
+    """What a record calls a model's text encoder: a hash of its weights; else its hub id `name`."""
+    place = text_place(resolve(folder, "text_encoder")[0], name)
+    return weights_hash(place, "model.safetensors") if place else name
+
+
 def load_text(folder, config, weights, dtype):
     """The text encoder in text_encoder/, else in the folder or hub id that text_encoder_name gives.
     weights: those inside tangoflux.safetensors or None; with them the hub gives no others."""
     name = config["text_encoder_name"]
-    for place in (folder / "text_encoder", folder / name):
-        if place.is_dir():
-            return TextEncoder.load(place, None, dtype)
+    if place := text_place(folder, name):
+        return TextEncoder.load(place, None, dtype)
     if not re.fullmatch(r"[\w-][^/]*/.+", name):
         raise UserError(f"{folder / name} is missing; a model folder needs its text_encoder/")
     files = HUB_FILES if weights else [*HUB_FILES, "model.safetensors"]
@@ -217,9 +227,15 @@ def read_table(path):
     with reading(path):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no file")
-        text = Path(path).read_text(encoding="utf-8-sig")
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{path} line {line} holds the byte {error.object[error.start]:#x}, "
+                            "which is not UTF-8; save the file as UTF-8") from error
         if suffix == ".csv":
             table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            table.fieldnames = [name.strip() for name in table.fieldnames or []]
             rows = table.fieldnames and list(iter(partial(next_row, table), None))
         elif suffix == ".txt":
             rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
@@ -237,6 +253,18 @@ def read_table(path):
 def number(value, digits, sign=""):
     """A number of a table, "-" for NaN; never "-0.000"."""
     return "-" if value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def markdown(heads, rows):
+    """A Markdown table, its columns aligned so that it reads as plain text too."""
+    cells = [[str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append(f"| {' | '.join(padded)} |")
+    rules = ["-" * (width + 2) for width in widths]
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
 
 
 def tables(heads, rows, width=100):

@@ -67,7 +67,7 @@ def test_other_column_names_and_folders(clips, monkeypatch):
     assert data.read_manifest(path, "text", "file")[0]["audio"] == str(clips / "a.wav")
     write(clips, "m.jsonl", lines(*OURS))
     (clips / "latin.csv").write_bytes(b"audio,caption\na.wav,\xff\xfe\n")
-    for name, more, message in (("none.jsonl", {}, "none.jsonl is missing"), ("latin.csv", {}, "cannot be used"),
+    for name, more, message in (("none.jsonl", {}, "none.jsonl is missing"), ("latin.csv", {}, "line 2 holds the byte 0xff, which is not UTF-8; save"),
                                 ("m.jsonl", {"duration_key": "length"}, "no column length")):
         refused(message, data.read_manifest, clips / name, **more)
 
@@ -131,13 +131,14 @@ def test_a_bad_row_is_named_counted_and_left_out(clips, capsys, name, text, bad,
 def test_torn_csv_rows_and_names_that_begin_with_a_space(clips, capsys):
     write_wav(clips / " street.wav", torch.ones(1, 900), 16000)
     rows = ['" street.wav",  a street ', "the dog is whimpering,,,", "a.wav", 'a.wav,"a dog\nand a cat"', "a.wav,one,two",
-            f'a.wav,{"x" * 200000}', "a.wav,wind\u2028and rain", 'b.wav,"never closed', "a.wav,lost"]
-    found = data.read_manifest(write(clips, "m.csv", "audio,caption\n" + "\n".join(rows) + "\n"))
+            f'a.wav,{"x" * 200000}', " a.wav  ,wind\u2028and rain", 'b.wav,"never closed', "a.wav,lost"]
+    found = data.read_manifest(write(clips, "m.csv", " audio,caption \n" + "\n".join(rows) + "\n"))
     assert [row["caption"] for row in found] == ["a street", "a dog\nand a cat", "wind\u2028and rain"]
     assert found[0]["audio"] == str(clips / " street.wav") and data.usable_rows(found) == found
     errors = capsys.readouterr().err
     for line in ("row 2 ", "row 3 ", "row 5 ", "row 6 .*field limit", "row 8 .*unexpected end", "4 of 8 rows", "1 of 4 rows"):
         assert re.search(line, errors), line
+    assert data.read_manifest(write(clips, "blank.csv", "audio,caption,score\na.wav,rain, \n"))[0]["score"] is None
     refused("field larger", data.read_manifest, write(clips, "head.csv", f"audio,{'c' * 200000}\na.wav,rain\n"))
     refused("nested.json cannot be used: maximum recursion", data.read_manifest, write(clips, "nested.json", "[" * 100000))
     os.mkfifo(clips / "fifo.csv")
