@@ -27,9 +27,9 @@ import torch
 from data import DATA_FLAGS, SOUND_SUFFIXES, load_clip, read_rows
 from lib.audio import fit_audio, listening_page, resample, usable, write_clips
 from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device, flag,
-                        markdown, parse_flags, reading, relative_to_here, run_main, settings_key,
+                        parse_flags, reading, relative_to_here, run_main, settings_key,
                         write_jsonl, write_report)
-from lib.text import number, tables
+from lib.text import markdown, number, tables
 from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
 from reward import JUDGE, REWARD, load_clap, load_reward
@@ -311,16 +311,16 @@ def main(argv=None):
         asked = [Asked(row["caption"], seconds) for row, (_, seconds) in zip(rows, clips)]
     else:
         real, asked = render_clips(World("test", pairs=args.pairs), range(args.prompts))
-    write_jsonl(out / "prompts.jsonl", [Asked(a.prompt, a.duration)._asdict() for a in asked])
+    judges = Judges(args.reward, args.judge, args.tagger, device)
+    given = {path: folder_clips(path, len(asked), rate, samples) for path in args.clips}
 
     # every set is judged
-    judges = Judges(args.reward, args.judge, args.tagger, device)
+    write_jsonl(out / "prompts.jsonl", [Asked(a.prompt, a.duration)._asdict() for a in asked])
     found = {"real": judges.judge(real, asked, rate)}
     pages = {"real": write_clips(out, 0, real, asked, rate)}
     for source in sources:
-        if source in args.clips:
-            clips = folder_clips(source, len(asked), rate, samples)
-        else:
+        clips = given.pop(source, None)
+        if clips is None:
             clips, _ = sampled(load_model(source, device), asked, sampler, rate, samples)
         column = relative_to_here(source)
         found[column] = judges.judge(clips, asked, rate)

@@ -188,7 +188,9 @@ def test_a_manifest_brings_prompts_and_reference(place, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--prompts", "1"], "1 must lie between 2"), (["--checkpoint", "nowhere"], "nowhere is missing"),
-    (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--tagger", "."], "tagger.safetensors is missing")])
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--tagger", "."], "tagger.safetensors is missing"),
+    (["--judge", "nowhere"], "nowhere is missing"), (["--clips", "."], "[.] holds 0 sounds for 8 prompts")])
 def test_wrong_input_is_one_line(place, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     refused(message, run, place, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
