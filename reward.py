@@ -257,6 +257,8 @@ def training_data(rows, tensors, model):
 def main(argv=None):
     """Print the CLAP score of each file with the prompt."""
     args = parse_flags(__doc__, FLAGS, argv)
+    if not args.prompt.strip():
+        raise UserError("--prompt is empty: say what the sounds should be")
     clap = load_clap(args.clap, choose_device(args.device))
     rate = clap.front.sampling_rate
     seconds = None if clap.front.fused else clap.front.samples / rate       # what it hears

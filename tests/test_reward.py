@@ -94,6 +94,7 @@ def test_score_prints_the_cosine(tmp_path, capsys):
     reward.main(["--audio", path, "--prompt", "rain", "--clap", str(tmp_path / "clap")])
     printed = float(capsys.readouterr().out.split("\n")[1].split()[0])
     assert printed == pytest.approx(clap.scores([read_audio(path, 16000, 1)], 16000, ["rain"]).item(), abs=1e-6)
+    refused("--prompt is empty", reward.main, ["--audio", path])
 
 
 def test_pairs_match_the_official_choice(parity):
