@@ -30,9 +30,9 @@ from lib.common import (ALIGNED, BASE, DEVICE, DTYPE, UserError, check_writable,
                         choose_dtype, flag, generator, need, parse_flags, pick,
                         relative_to_here, run_main, side_by_side, warn, write_json)
 from lib.fast import quicken
-from lib.text import (concat_conditions, encode_prompts, moved, null_condition,
+from lib.text import (concat_conditions, encode_prompts, moved, null_condition, text_hash,
                       warn_of_unknown_words, well_formed)
-from lib.weights import code_hash, model_folder, policy_hash, resolve
+from lib.weights import code_hash, model_folder, module_hash, policy_hash, resolve, weights_hash
 from model import ModelConfig, load_model
 from vae import codec_place
 from world.scenes import fitting_seconds
@@ -126,7 +126,6 @@ def guide(cond, uncond, guidance_scale):
 
 def guided_velocity(flow, condition, null, guidance_scale):
     """velocity_fn(x (B, L, C), t scalar) for the solvers, in x's own precision.
-
     Both branches are one batch [uncond; cond] (official order); `null` None: the conditional one
     alone. A score is guided jointly with the text (second paper, Eq. 2)."""
     both = condition if null is None else concat_conditions(null, condition)
@@ -187,7 +186,6 @@ def solve(model, sampling, progress, piece):
 def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sampling(),
                    batch_size=16, conditions=None, noise=None, progress=False):
     """Sample one latent for each prompt: raw latents (B, L, C), float32 on the CPU.
-
     durations: seconds. indices: the i of (seed, i), default 0, 1, ... conditions: those of
     `encode_conditions`; model.text may then be None. noise (B, L, C): in the place of (seed, i).
     Raises UserError if a score is asked without a head."""
@@ -217,7 +215,6 @@ def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sam
 @torch.inference_mode()
 def decode(codec, latents, durations=None, batch_size=16, progress=False, say=lambda line: None):
     """Raw latents (B, L, C) -> list of audio (channels, int(duration * rate)), on the CPU.
-
     Nothing clips: what passes full scale is turned down around its peaks, and `say` is told."""
     weight = next(codec.parameters())
     samples = [latents.shape[1] * codec.hop] * len(latents)                     # durations None
@@ -252,7 +249,6 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
     rate = model.codec.sampling_rate
     shape = model.flow.config["audio_seq_len"], model.flow.config["in_channels"]
     quicken(model.flow, 2 * min(batch_size, len(prompts)) * shape[0])
-    indices = range(len(prompts)) if indices is None else indices
     for number, condition in enumerate(tqdm(conditions, "batches", delay=2)):
         own = slice(number * batch_size, (number + 1) * batch_size)
         if done and all(done[own]):
@@ -276,15 +272,14 @@ def default_duration(max_duration):
 
 
 def load_scores(name, device):
-    """The function scores(audios, rate, prompts) -> (N,) that --reward names."""
+    """The function scores(audios, rate, prompts) -> (N,) that --reward names, and a hash of it."""
     # by its name: who reads how a clip is sampled needs no reward.py, which is for --best_of alone
-    return importlib.import_module("reward").load_reward(name, device).scores
+    reward = importlib.import_module("reward").load_reward(name, device)
+    return reward.scores, module_hash(reward)
 
 
 def best_audio(scores, audios, rate, prompt):
     """The best of a prompt's candidates by reward (paper A.3); all NaN: the first."""
-    if len(audios) == 1:
-        return audios[0]
     rewards = torch.as_tensor(scores(audios, rate, [prompt] * len(audios)))     # (N,)
     index = rewards.nan_to_num(-torch.inf).argmax().item()
     print(f"best of {len(audios)}: candidate {index}, reward {rewards[index]:.4f} "
@@ -327,9 +322,12 @@ def main(argv=None):
     # the files that they will be, and what they depend on
     paths = output_paths(args.output, [row["prompt"] for row in rows])
     check_writable(*paths)
+    scores, ranker = load_scores(args.reward, device) if args.best_of > 1 else (None, None)
     made_from = {name: relative_to_here(getattr(args, name)) for name in MADE_FROM}
     made_from["negative_prompt"] = args.negative_prompt and well_formed(args.negative_prompt)
-    made_from |= {"dtype": str(dtype), "checkpoint": policy_hash(folder), "code": code_hash()}
+    made_from |= {"dtype": str(dtype), "checkpoint": policy_hash(folder), "code": code_hash(),
+                  "codec": weights_hash(codec_place(folder)[0], "vae.safetensors"),
+                  "text encoder": text_hash(folder, config.text_encoder_name), "ranked by": ranker}
     places = []                                                     # (path, is it there, record)
     for number, (path, row) in enumerate(zip(paths, rows)):
         index = args.first_index + number * args.best_of
@@ -348,7 +346,6 @@ def main(argv=None):
         copies = args.num_samples * args.best_of
         shape = config.audio_seq_len, config.in_channels
         noise = official_noise(args.seed, [copies] * (len(rows) // copies), shape)      # (B, L, C)
-    scores = load_scores(args.reward, device) if args.best_of > 1 and not all(done) else None
     prompts, durations = zip(*[(row["prompt"], row["duration"]) for row in rows])
     indices = range(args.first_index, args.first_index + len(rows))
     made = prompts_to_audio(folder, prompts, durations, args.seed, indices, pick(Sampling, args),
@@ -362,7 +359,8 @@ def main(argv=None):
             continue
 
         # the best candidate, at one loudness, is written
-        audio = best_audio(scores, candidates, rate, record["prompt"])
+        if args.best_of > 1:
+            audio = best_audio(scores, candidates, rate, record["prompt"])
         path, _ = place_of(path, record)                    # another command may have taken it
         if args.lufs is not None:
             audio = normalise_loudness(audio, rate, args.lufs, args.true_peak)[0]

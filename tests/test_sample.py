@@ -2,18 +2,20 @@
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import PICTURES, noise, relative_error
+from conftest import PICTURES, noise, refused, relative_error
 
 import sample
 from lib.audio import limited
-from lib.common import UserError, run_main
+from lib.common import run_main
 from lib.text import concat_conditions, Condition, encode_prompts, make_text_encoder, null_condition
+from lib.weights import load_tensors, save_tensors
 from model import PRESETS, TangoFlux, load_model, save_model
 from sample import SOLVERS, Sampling, decode, sample_latents
 from vae import make_codec
@@ -199,8 +201,10 @@ def test_best_of_keeps_the_clip_that_the_reward_scores_highest(folder, tmp_path,
     assert (chosen, best, mean) == (2, 2, 1) if own else best >= mean
     run(folder, *some, "--first_index", int(chosen), "--output", tmp_path / "a.wav")
     assert np.abs(sf.read(tmp_path / "a.wav")[0] - sf.read(tmp_path / "best.wav")[0]).mean() < 1e-3
-    with pytest.raises(UserError, match="it must define nothing"):
-        run(folder, "--best_of", "2", "--reward", f"{mine}:nothing")
+    mine.write_text("def one(*given):\n    return [1.0]\n\ndef fails(*given):\n    return 1 / 0\n")
+    for name, message in (("nothing", "it must define nothing"), ("one", "one cannot be used: its scores of 2 clips are"),
+                          ("fails", "fails cannot be used: division by zero; it must give a number for each")):
+        refused(f"mine.py.*{message}", run, folder, "--best_of", "2", "--reward", f"{mine}:{name}")
 
 
 def test_what_is_there_is_kept_and_the_same_command_goes_on(folder, tmp_path, capsys):
@@ -221,6 +225,22 @@ def test_what_is_there_is_kept_and_the_same_command_goes_on(folder, tmp_path, ca
     assert {name: (tmp_path / f"{name}.wav").read_bytes() for name in names} == first
     run(folder, *some, "--seed", 1)
     assert (tmp_path / "0000_rain.wav").read_bytes() == first["0000_rain"] != (tmp_path / "0000_rain_2.wav").read_bytes()
+
+
+def test_another_codec_text_encoder_or_reward_is_another_sample(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    mine = tmp_path / "mine.py"
+    mine.write_text("scores = lambda audios, rate, prompts: list(range(len(audios)))\n")
+    some = "--prompt", "rain", "--duration", 0.3, "--best_of", 2, "--reward", f"{mine}:scores", "--output", tmp_path / "out"
+    for count in range(1, 5):
+        for _ in range(2):                                          # the same command makes nothing new
+            run(tmp_path / "model", *some)
+            assert len(list((tmp_path / "out").glob("*.wav"))) == count
+        if count == 3:
+            mine.write_text(mine.read_text() + "# another\n")
+        else:
+            path = tmp_path / "model" / ("vae.safetensors" if count == 1 else "text_encoder/model.safetensors")
+            save_tensors(path, {name: tensor + 1e-3 for name, tensor in load_tensors(path).items()})
 
 
 def test_a_new_solver_is_one_entry(folder, tmp_path, monkeypatch):
@@ -259,7 +279,7 @@ def test_odd_prompts_warn(folder, tmp_path, capsys):
     ("--best_of 0", "--best_of: 0"), ("--first_index -1", "--first_index: -1"),
     ("--prompt_file missing.txt", "missing.txt is missing"), ("--prompt_file empty.txt", "holds no rows"),
     ("--prompt_file rows.jsonl", "has no column prompt"), ("--prompt_file nan.jsonl", "nan.jsonl cannot"),
-    ("--prompt_file binary.txt", "binary.txt cannot"), ("--output a.mp3", "only WAV files"),
+    ("--prompt_file binary.txt", "binary.txt line 1 holds the byte 0xff"), ("--output a.mp3", "only WAV files"),
     ("--output empty.txt/inside", "cannot write"), ("--num_samples 2 --output one.wav", "is one file"),
     ("--solver foo", "there are euler, heun"), ("--checkpoint nowhere", "nowhere is missing"), ("--device abacus", "abacus")])
 def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
