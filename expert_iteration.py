@@ -21,9 +21,9 @@ import train_fm
 from crpo import (draw_prompts, load_policy, make_candidates, prompt_pool, sampler_of,
                   score_candidates)
 from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device,
-                        derive_seed, file_hash, flag, locked, parse_flags, read_json, read_jsonl,
+                        derive_seed, file_hash, flag, parse_flags, read_json, read_jsonl,
                         reading, run_main, write_json, write_jsonl)
-from lib.weights import code_hash, policy_hash, save_tensors
+from lib.weights import code_hash, policy_hash, run_folder, save_tensors
 from ranker import TrainedRanker
 from reward import REWARD, load_clap
 
@@ -101,7 +101,7 @@ def run(**settings):
     """All rounds, settings named as the flags -> their reports."""
     args = parse_flags(__doc__, FLAGS, [], settings)
     out, device = Path(args.out), choose_device(args.device)
-    with locked(out):
+    with run_folder(out, "expert_iteration.py", args.cache):
         if args.keep > args.prompts:
             raise UserError(f"--keep {args.keep:g} is more than --prompts {args.prompts}")
         clap = load_clap(args.clap, device)

@@ -31,13 +31,13 @@ from tqdm import tqdm
 from data import (DATA_FLAGS, default_folder, gather, manifest_cache, prepare, read_rows,
                   split_rows, with_experts, world_cache)
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, derive_seed,
-                        flag, generator, locked, parse_flags, read_json, reading, relative_to_here,
-                        run_main, stop_on_signal)
+                        flag, generator, parse_flags, print_row, read_json, reading,
+                        relative_to_here, run_main, stop_on_signal)
+from lib.fast import mean_over_ranks, start_ranks, wait_for_ranks
 from lib.text import Condition, load_text_encoder, null_score, null_tokens
-from lib.weights import (draw_log, learning_rate, load_state, make_optimizer, mean_over_ranks,
-                         muon_takes, save_state, save_tensors, set_rate, start_averages,
-                         start_ranks, trainable, trim_log, update_averages, wait_for_ranks,
-                         weights_replaced)
+from lib.weights import (draw_log, learning_rate, load_state, make_optimizer, muon_takes,
+                         run_folder, save_state, save_tensors, set_rate, start_averages, trainable,
+                         trim_log, update_averages, weights_replaced)
 from model import PRESETS, SCORE_HEADS, TangoFlux, load_model, save_model, with_score_head
 from vae import load_codec
 
@@ -69,8 +69,7 @@ FLAGS = {"model": [
 ], "scores and experts (second paper, III-B, III-D)": [
     flag("--score_column", None, "column of --data whose numbers condition the flow"),
     flag("--score_head", None, "where scores enter; none: as before, or v1", choices=SCORE_HEADS),
-    flag("--score_null", "zero", "embedding of no score: 0, or that of the mean score (Eq. 2)",
-         choices=["zero", "scalar"]),
+    flag("--score_null", "zero", "null score: 0, or the mean (Eq. 2)", choices=["zero", "scalar"]),
     flag("--score_dropout", 0.1, "share of examples losing their score alone (paper: 0.1)", 0, 1),
     flag("--experts", None, "folder of clips that expert_iteration.py kept, to join --data"),
     flag("--oversample", 5, "times that an epoch holds each kept clip (paper: 5)", 1),
@@ -309,8 +308,6 @@ def load_all(args, rank, device):
     samples = round(flow.config["max_duration"] * codec.sampling_rate)
     data, held = (manifest_data if args.data else world_data)(args, codec, encoder, samples)
     if args.score_column:
-        if not args.data:
-            raise UserError("--score_column needs --data: the built-in world has no scores")
         known = data.scores[~data.scores.isnan()]
         if len(known.unique()) < 2:
             raise UserError("--score_column is empty or the same in every row: name another column")
@@ -331,6 +328,10 @@ def with_defaults(settings):
         args.learning_rate = 1e-4 if args.checkpoint else 2e-3
     if args.muon is None:
         args.muon = 10.0 if args.preset == "toy" and not args.checkpoint else 0.0
+    if args.checkpoint and args.preset != "toy":
+        raise UserError("--preset is the size of a new flow: leave it out, or --checkpoint")
+    if (args.score_column or args.experts) and not args.data:
+        raise UserError("--score_column and --experts need --data: the built-in world has neither")
     if args.save_weights == "power" and not args.sigma_rel:
         raise UserError("--save_weights power needs --sigma_rel: the width of the average")
     if (Path(args.out) / "reading.json").is_file():
@@ -359,7 +360,7 @@ def decisive_settings(args, data):
 def train(**settings):
     """A run; settings: flags by name. One found in `out` goes on -> rank, out, steps done, all."""
     args = with_defaults(settings)
-    with locked(args.out):
+    with run_folder(args.out, "train_fm.py", args.cache):
         return train_in(Path(args.out), args)
 
 
@@ -396,9 +397,10 @@ def train_in(out, args):
     with stop_on_signal() as stopped:
         while True:
             last = step >= args.steps or bool(out_of_time)
-            # log the steps since the last row; a run that has just resumed has none
+            # log the steps since the last row; at a save, too, because a resume knows none of them
             validates = last and not stopped or step % args.val_every == 0
-            logs = validates or last or step % args.log_every == 0
+            saves = last or step % args.save_every == 0
+            logs = validates or saves or step % args.log_every == 0
             if rank == 0 and (losses or step == 0) and logs:
                 row = {"step": step, "minutes": minutes}
                 if losses:
@@ -408,16 +410,14 @@ def train_in(out, args):
                     with weights_replaced(parameters, averages[""]):
                         row |= validate(flow, encoder, grid, autocast, "_ema")
                 append_jsonl(out / "log.jsonl", row)
-                shown = [f"{name} {value:.4g}" for name, value in row.items() if "bins" not in name]
-                bar.clear()
-                print("  ".join(shown), flush=True)
+                print_row(bar, row, stopped)
                 losses = []
 
             # save
             if rank == 0 and step and (last or step % args.snapshot_every == 0):
                 for width in widths:
                     save_tensors(out / f"averages/{width}_{step:09d}.safetensors", averages[width])
-            if rank == 0 and step and (last or step % args.save_every == 0):
+            if rank == 0 and step and saves:
                 save_state(out, parameters, optimizer, memory, step, decisive, minutes)
                 record = {"training": relative_to_here(vars(args)) | decisive}
                 with weights_replaced(parameters, saved):
@@ -448,8 +448,8 @@ def train_in(out, args):
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip or math.inf).item()
             losses.append(loss.item())
             if not math.isfinite(losses[-1] + norm):
-                at = f"step {step}: loss {losses[-1]:g}, gradient norm {norm:g}"
-                raise UserError(f"{at}; lower --learning_rate")
+                reason = f"loss {losses[-1]:g}, gradient norm {norm:g}"
+                raise UserError(f"step {step}: {reason}; lower --learning_rate")
             optimizer.step()
             step += 1
             bar.update()

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from data import DATA_FLAGS, load_clip, read_rows, split_rows
 from lib.audio import resample, usable
 from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, choose_device, flag,
-                        generator, locked, parse_flags, read_json, reading, run_main,
+                        generator, parse_flags, print_row, read_json, reading, run_main,
                         stop_on_signal, write_json)
 from lib.fast import quicken_codec
 from lib.mel import LogMel, MelVAE
 from lib.oobleck import OOBLECK_DEFAULTS, Oobleck
-from lib.weights import (draw_log, find_weights, learning_rate, load_state,
-                         load_weights, model_folder, read_config, resolve, save_module, save_state,
+from lib.weights import (draw_log, find_weights, learning_rate, load_state, load_weights,
+                         model_folder, read_config, resolve, run_folder, save_module, save_state,
                          set_rate, trim_log)
 from world.scenes import World
 from world.sounds import SAMPLE_RATE
@@ -243,11 +243,10 @@ def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
             if last or step % args.log_every == 0:
                 losses = {"loss": loss, **parts, "grad_norm": norm}
                 losses = {name: value.item() for name, value in losses.items()}
-                row = {"step": step, **losses, "lr": rate, **validate(codec, held_out, weights)}
-                append_jsonl(log, {**row, "minutes": minutes})
-                values = [f"{name} {value:.4g}" for name, value in row.items()]
-                bar.clear()
-                print("  ".join(values), flush=True)
+                row = {"step": step, **losses, "lr": rate, "minutes": minutes}
+                row |= validate(codec, held_out, weights)
+                append_jsonl(log, row)
+                print_row(bar, row, stopped)
             if last or step % args.save_every == 0:
                 save_state(args.out, codec.state_dict(), optimizer, {}, step, settings, minutes)
     return step
@@ -255,7 +254,7 @@ def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
 
 def main():
     args = parse_flags(__doc__, FLAGS)
-    with locked(args.out):
+    with run_folder(args.out, "vae.py"):
         codec = load_codec(args.checkpoint) if args.checkpoint else None
         kind = codec.kind if codec else args.codec
         args = parse_flags(__doc__, FLAGS, defaults=OOBLECK if kind == "oobleck" else None)

@@ -1,18 +1,23 @@
-"""What makes networks quick, and nothing else: model.py and lib/oobleck.py hold the arithmetic.
+"""What makes it quick, and nothing else: model.py and lib/oobleck.py hold the arithmetic.
 
     attention(q, k, v, mask)  # torch's own, but in 16 bits on a CPU
     quicken(flow)             # oneDNN multiplies on a CPU, where no gradient is asked for
     quicken(flow, rows)       # and its weights are packed for inputs of so many rows: for good
     quicken_codec(codec)      # Oobleck with channels last on a CPU, its weights computed once
+    start_ranks(device)       # torchrun's processes, each with its part of a batch
 
 With ENABLED = False the networks and the numbers stay (tests/test_fast.py). Left out: q, k and v as
 one product gained nothing on a CPU; the modulations of all steps ahead 0 to 2 % (one clip: 6 %).
 Letters: B batch, N samples or tokens, H channels.
 """
+import os
+from datetime import timedelta
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.common import choose_device
 from lib.oobleck import Snake, Stack, WeightNormConv
 
 ENABLED = True
@@ -134,3 +139,33 @@ def quicken_codec(codec):
     for module in codec.modules() if ENABLED else []:
         module.__class__ = quick.get(type(module), type(module))
     return codec
+
+
+# ----------------------------------------------------------------------------- processes
+
+def start_ranks(device_name):
+    """(rank, ranks, device) of one process, or of several that torchrun started."""
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device_name, quiet=rank > 0)
+    if ranks == 1:
+        return rank, ranks, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+    return rank, ranks, device
+
+
+def wait_for_ranks(ranks):
+    if ranks > 1:
+        torch.distributed.barrier()
+
+
+def mean_over_ranks(tensors, ranks):
+    """Replace each tensor by its mean over the processes."""
+    if ranks > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= ranks

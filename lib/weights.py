@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +24,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib.common import (HERE, UserError, atomic_path, check_settings, choose_device,
-                        fast_bfloat16, file_hash, picture, read_json, read_jsonl, reading,
-                        write_jsonl)
+from lib.common import (HERE, UserError, atomic_path, check_settings, fast_bfloat16, file_hash,
+                        locked, picture, read_json, read_jsonl, reading, write_jsonl)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_NAMES = {"model": "pytorch_model", "vae": "diffusion_pytorch_model"}      # elsewhere
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 parsed_config = functools.lru_cache(64)(lambda path, changed: read_json(path, dict))    # once
+MARKS = {"crpo.py": '"ears"', "expert_iteration.py": '"tuning_steps"', "vae.py": '"validation_db"',
+         "train_fm.py": '"references"'}         # what config.json or log.jsonl of their runs hold
 BROKEN = "it is not a whole safetensors file; download or write it again"
 
 
@@ -193,6 +193,8 @@ def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*"))
         raise UserError(f"{folder} is a run, not a model: take {inside.parent}")
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"{name} is a file; pass the folder that holds it")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():
         raise UserError(f"{name} is missing; pass the model folder, or a hub id owner/name")
     return fetch(str(name), list(files))
@@ -228,9 +230,12 @@ def links(policy, folder):
 
 def policy_hash(folder):
     """What scores.jsonl calls a model: the hash of its flow's weights; UserError if it has none."""
-    path = resolve(model_folder(folder), "flow")[0] / "tangoflux.safetensors"
-    with reading(path):
-        return f"sha256:{file_hash(path)[:16]}"
+    return weights_hash(resolve(model_folder(folder), "flow")[0], "tangoflux.safetensors")
+
+
+def weights_hash(folder, name):
+    """What a record calls the weights in folder/name, or in the pickle in its place; UserError."""
+    return f"sha256:{file_hash(find_weights(folder, name).what)[:16]}"
 
 
 # ----------------------------------------------------------------------------- optimizer
@@ -344,36 +349,6 @@ def set_rate(optimizer, rate):
         group["lr"] = rate * group.get("scale", 1.0)
 
 
-# ----------------------------------------------------------------------------- processes
-
-def start_ranks(device_name):
-    """(rank, ranks, device) of one process, or of several that torchrun started."""
-    rank = int(os.environ.get("RANK", 0))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(device_name, quiet=rank > 0)
-    if ranks == 1:
-        return rank, ranks, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
-    return rank, ranks, device
-
-
-def wait_for_ranks(ranks):
-    if ranks > 1:
-        torch.distributed.barrier()
-
-
-def mean_over_ranks(tensors, ranks):
-    """Replace each tensor by its mean over the processes."""
-    if ranks > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-            tensor /= ranks
-
-
 # ----------------------------------------------------------------------------- averages
 
 @torch.no_grad()
@@ -438,6 +413,34 @@ def weights_replaced(parameters, tensors):
 
 
 # ----------------------------------------------------------------------------- the state of a run
+
+@contextlib.contextmanager
+def run_folder(out, script, cache=None):
+    """Lock the folder of a run of `script` for the block. UserError, and nothing is written: it is
+    also --cache, or holds this repository, other runs, or a run of another script."""
+    out = Path(out)
+    files = [out / "config.json", out / "log.jsonl"]
+    text = "".join(path.read_text(errors="replace") for path in files if path.is_file())
+    found = " and of ".join(name for name, mark in MARKS.items() if mark in text)
+    inside = [*out.glob("*/config.json"), *out.glob("*/log.jsonl")]
+    inside = [path.parent for path in inside if path.parent.name != "tuned"]    # a round's
+    real, *latents = map(os.path.realpath, (out, cache or out / "x", f"{cache}_val"))
+    holds = None
+    if HERE.is_relative_to(real):
+        holds = "this repository"
+    elif real in latents:
+        holds = "the latents (--cache)"
+    elif found != script and found:
+        holds = f"a run of {found}"
+    elif not found and (files[0].is_file() or (out / "state.pt").is_file()):
+        holds = "another model or run"
+    elif not found and inside:
+        holds = f"other runs, such as {inside[0]}"
+    if holds:
+        raise UserError(f"{out} holds {holds}; choose another folder (--out)")
+    with locked(out):
+        yield
+
 
 def save_state(out, parameters, optimizer, average, step, settings, minutes):
     """Write state.pt: {name: parameter or buffer}, {name: average}, optimizer, settings; of no

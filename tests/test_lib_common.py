@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT, refused, relative_error
+from tqdm import tqdm
 
 from lib import common
 from lib.common import (UserError, append_jsonl, atomic_path, check_writable, check_settings, flag, locked,
-                        markdown, parse_commands, parse_flags, pick, read_json, read_jsonl, reading, relative_to_here,
+                        parse_commands, parse_flags, pick, print_row, read_json, read_jsonl, reading, relative_to_here,
                         run_main, side_by_side, stop_on_signal, whole_blocks, write_jsonl, write_report)
+from lib.text import markdown
 from lib.weights import (Muon, code_hash, find_weights, learning_rate, load_state, load_tensors, load_weights, make_optimizer,
-                         model_folder, orthogonal, read_header, resolve, save_module, save_state, save_tensors,
+                         model_folder, orthogonal, read_header, resolve, run_folder, save_module, save_state, save_tensors,
                          set_rate, trim_log)
 
 FLAGS = {"numbers": [flag("--steps", 25, "solver steps (paper 3.3: 50)", 1, 1000),
@@ -230,6 +233,31 @@ def test_a_signal_stops_a_loop_after_its_step(number, capfd):
     assert not stopped and signal.getsignal(number) is before
 
 
+def test_a_run_whose_reader_went_away_goes_on_to_its_save(monkeypatch):
+    def closed(*given, **more):
+        raise BrokenPipeError
+    monkeypatch.setattr(common, "print", closed, raising=False)
+    monkeypatch.setattr(os, "dup2", lambda *given: None)
+    print_row(tqdm(disable=True), {"step": 3, "val_bins": [None]}, stopped := [])
+    assert stopped
+
+
+def test_each_kind_of_run_has_a_folder_of_its_own(tmp_path):
+    runs = {"train_fm.py": "run_flow/adamw", "vae.py": "run_vae", "crpo.py": "run_crpo", "expert_iteration.py": "run_experts"}
+    for folder in (*runs.values(), "model", "model/text_encoder"):
+        shutil.copytree(ROOT / "tests" / "golden" / folder, tmp_path / folder, dirs_exist_ok=True)
+    before = set(tmp_path.rglob("*"))
+    for script, folder in runs.items():
+        for other in runs.keys() - {script}:
+            refused(f"{folder} holds a run of {script}; choose another folder", run_folder(tmp_path / folder, other).__enter__)
+        with run_folder(tmp_path / folder, script):
+            pass
+        for out, what in ((tmp_path, "other runs, such as .*/"), (ROOT, "this repository"), (ROOT.parent, "this repository"),
+                          (tmp_path / "model/text_encoder", "another model or run"), (tmp_path / "c_val", "the latents .--cache.")):
+            refused(f"{out} holds {what}", run_folder(out, script, tmp_path / "c").__enter__)
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_other_code_is_said_once_and_goes_on(tmp_path, capsys, monkeypatch):
     assert len(code_hash()) == 16 and code_hash() == code_hash()
     check_settings("runs/x", {"a": 1}, {"a": 1, "code": code_hash()})               # an older run does not tell
@@ -322,8 +350,8 @@ def test_parts_may_live_elsewhere(tmp_path):
     for wrong in (["vae"], "flow", 3, None, {"vae": {}}, {"vae": "a\0b"}, {"vae": "x" * 300}):
         (tmp_path / "a" / "config.json").write_text(json.dumps({"references": wrong}))
         refused("references map a part", resolve, tmp_path / "a", "vae")
-    for name in (tmp_path / "a" / "config.json", tmp_path / "none", "not a hub id"):
-        refused("missing", model_folder, name)
+    for name, message in ((tmp_path / "a" / "config.json", "is a file; pass the folder"), ("not a hub id", "is missing")):
+        refused(message, model_folder, name)
     for name in ("iteration_1", "iteration_2"):
         (tmp_path / "a" / name).mkdir()
         (tmp_path / "a" / name / "tangoflux.safetensors").write_text("")
@@ -387,13 +415,15 @@ DAMAGES = [{"weights": {"weight": torch.ones(1, 1), "bias": BIAS}}, {"weights": 
            {"settings": '["x"]'}, {"settings": "[]"}, {"settings": ["x"]}, {"settings": "{"}, {"optimizer": []}]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "moments", "list", "torn"])
+@pytest.mark.parametrize("damage", [*DAMAGES, "moments", "list", "torn", "text"])
 def test_a_damaged_state_is_refused(tmp_path, damage):
     path = tmp_path / "state.pt"
     save_state(tmp_path, *state_of(), 7, {"seed": 0}, 1.5)
     state = torch.load(path, weights_only=True)
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:400])
+    elif damage == "text":
+        path.write_text("garbage")
     elif damage == "list":
         torch.save([state], path)
     elif damage == "moments":                               # of one number, which would be broadcast
@@ -401,7 +431,7 @@ def test_a_damaged_state_is_refused(tmp_path, damage):
         torch.save(state, path)
     else:
         torch.save(state | damage, path)
-    refused("state.pt cannot be used: .*delete it to start anew", load_state, tmp_path, *state_of(1), {"seed": 0})
+    refused("state.pt cannot be used: .{1,150}; delete it to start anew", load_state, tmp_path, *state_of(1), {"seed": 0})
 
 
 def test_half_a_character_is_written_and_read_again(tmp_path):

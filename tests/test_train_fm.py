@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -237,13 +238,16 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tiny, tmp_path, mon
     """The rows of the log are means of all steps since the row before, whatever is saved and stopped between."""
     whole = run(of_tiny(tiny, tmp_path / "whole", log_every=1))
     settings = of_tiny(tiny, tmp_path / "parts", log_every=4, save_every=3)
-    stop_in_step(monkeypatch, train_fm, 5, lambda: run(settings))
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(train_fm, "save_tensors", None)                   # as if killed right after the first save
+        run(settings)
+    stop_in_step(monkeypatch, train_fm, 2, lambda: run(settings))
     assert state_of(tmp_path / "parts")["step"] == 5
     assert same(run(settings)["weights"], whole["weights"])
     losses = [row.get("loss") for row in read_jsonl(tmp_path / "whole" / "log.jsonl")]
     rows = {row["step"]: row.get("loss") for row in read_jsonl(tmp_path / "parts" / "log.jsonl")}
-    assert list(rows) == [0, 4, 5, 8]
-    for first, last in ((0, 4), (4, 5), (5, 8)):
+    assert list(rows) == [0, 3, 4, 5, 6, 8]
+    for first, last in pairwise(rows):
         assert rows[last] == pytest.approx(np.mean(losses[first + 1:last + 1]), rel=1e-6)
 
 
@@ -290,7 +294,10 @@ def test_wrong_input_is_one_line(tiny, tmp_path, monkeypatch):
     for change, message in ((dict(learning_rate=2e-3), "started with learning_rate = 0.001, now it is 0.002"),
                             (dict(world_seed=5), "stale: seed 0 there, 5 now"),
                             (dict(out=tiny / "model"), "no state.pt"),
-                            (dict(save_weights="power"), "power needs --sigma_rel")):
+                            (dict(save_weights="power"), "power needs --sigma_rel"),
+                            (dict(preset="tangoflux"), "--preset is the size of a new flow: leave it out"),
+                            (dict(experts="x"), "--experts need --data"), (dict(score_column="x"), "--score_column and"),
+                            (dict(cache=tmp_path / "r"), "r holds the latents .--cache.; choose another folder")):
         with pytest.raises(UserError, match=message):
             run(of_tiny(tiny, tmp_path / "r", train_steps=1) | change)
     (tmp_path / "r" / "state.pt").write_bytes(b"PK torn")
