@@ -27,9 +27,9 @@ import torch
 from data import DATA_FLAGS, SOUND_SUFFIXES, load_clip, read_rows
 from lib.audio import fit_audio, listening_page, resample, usable, write_clips
 from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device, flag,
-                        parse_flags, reading, relative_to_here, run_main, settings_key,
+                        markdown, parse_flags, reading, relative_to_here, run_main, settings_key,
                         write_jsonl, write_report)
-from lib.text import markdown, number, tables
+from lib.text import number, tables
 from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
 from reward import JUDGE, REWARD, load_clap, load_reward

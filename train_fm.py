@@ -31,10 +31,10 @@ from tqdm import tqdm
 from data import (DATA_FLAGS, default_folder, gather, manifest_cache, prepare, read_rows,
                   split_rows, with_experts, world_cache)
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, derive_seed,
-                        flag, generator, parse_flags, print_row, read_json, reading,
-                        relative_to_here, run_main, stop_on_signal)
+                        flag, generator, parse_flags, read_json, reading, relative_to_here,
+                        run_main, stop_on_signal)
 from lib.fast import mean_over_ranks, start_ranks, wait_for_ranks
-from lib.text import Condition, load_text_encoder, null_score, null_tokens
+from lib.text import Condition, load_text_encoder, null_score, null_tokens, print_row
 from lib.weights import (draw_log, learning_rate, load_state, make_optimizer, muon_takes,
                          run_folder, save_state, save_tensors, set_rate, start_averages, trainable,
                          trim_log, update_averages, weights_replaced)

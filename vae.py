@@ -25,11 +25,12 @@ from tqdm import tqdm
 from data import DATA_FLAGS, load_clip, read_rows, split_rows
 from lib.audio import resample, usable
 from lib.common import (DEVICE, UserError, append_jsonl, autocast_for, choose_device, flag,
-                        generator, parse_flags, print_row, read_json, reading, run_main,
+                        generator, parse_flags, read_json, reading, run_main,
                         stop_on_signal, write_json)
 from lib.fast import quicken_codec
 from lib.mel import LogMel, MelVAE
 from lib.oobleck import OOBLECK_DEFAULTS, Oobleck
+from lib.text import print_row
 from lib.weights import (draw_log, find_weights, learning_rate, load_state, load_weights,
                          model_folder, read_config, resolve, run_folder, save_module, save_state,
                          set_rate, trim_log)

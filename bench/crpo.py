@@ -25,9 +25,10 @@ from tqdm import tqdm
 import crpo
 from bench.official import Clock, comparison
 from lib.audio import fit_audio, read_audio, write_wav
-from lib.common import BASE, check_writable, flag, parse_flags, pick, run_main, write_report
+from lib.common import (BASE, check_writable, flag, markdown, parse_flags, pick, run_main,
+                        write_report)
 from lib.losses import pair_loss
-from lib.text import concat_conditions, encode_prompts, markdown, null_condition
+from lib.text import concat_conditions, encode_prompts, null_condition
 from lib.weights import make_optimizer, set_rate, trainable
 from model import load_model
 from reward import REWARD, load_clap, make_pairs, pairs_of

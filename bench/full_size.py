@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from bench.official import Clock, Official, comparison, vae_of
-from lib.common import (check_writable, flag, need, parse_commands, read_json, run_main, write_report)
+from lib.common import (check_writable, flag, markdown, need, parse_commands, read_json, run_main,
+                        write_report)
 from lib.fast import quicken, quicken_codec
 from lib.oobleck import Oobleck
-from lib.text import make_text_encoder, markdown
+from lib.text import make_text_encoder
 from lib.weights import load_tensors, model_folder, save_tensors
 from model import TangoFlux, load_model, save_model
 from sample import Sampling, decode, encode_conditions, official_noise, sample_latents

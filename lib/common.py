@@ -399,18 +399,6 @@ def append_jsonl(path, row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def print_row(bar, row, stopped):
-    """Print a row of a log and flush it. Where nobody reads any more (Ctrl-C ends a pipe's reader
-    as well) the loop with `stopped`, the list of stop_on_signal, goes on until it has saved."""
-    shown = [f"{name} {value:.4g}" for name, value in row.items() if not isinstance(value, list)]
-    bar.clear()
-    try:
-        print("  ".join(shown), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        stopped.append("stdout")
-
-
 def write_jsonl(path, rows):
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_text(path, "".join(lines))
@@ -465,6 +453,18 @@ def whole_blocks(path, size, count):
 
 
 # ----------------------------------------------------------------------------- tables and pictures
+
+def markdown(heads, rows):
+    """A Markdown table, its columns aligned so that it reads as plain text too."""
+    cells = [[str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append(f"| {' | '.join(padded)} |")
+    rules = ["-" * (width + 2) for width in widths]
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+
 
 def write_report(out, name, title, command, paragraphs, numbers):
     """Print a report and write out/NAME.md and .json. paragraphs: texts and tables, in order."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lib.audio import usable
-from lib.common import UserError, read_json, reading, warn, write_json, write_text
+from lib.common import UserError, markdown, read_json, reading, warn, write_json, write_text
 from lib.weights import (check_finite, fetch, find_weights, load_weights, model_folder, resolve,
                          save_tensors, weights_hash)
 
@@ -255,16 +255,16 @@ def number(value, digits, sign=""):
     return "-" if value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
-def markdown(heads, rows):
-    """A Markdown table, its columns aligned so that it reads as plain text too."""
-    cells = [[str(cell) for cell in row] for row in (heads, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for row in cells:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append(f"| {' | '.join(padded)} |")
-    rules = ["-" * (width + 2) for width in widths]
-    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+def print_row(bar, row, stopped):
+    """Print a row of a log and flush it. Where nobody reads any more (Ctrl-C ends a pipe's reader
+    as well) the loop with `stopped`, the list of stop_on_signal, goes on until it has saved."""
+    shown = [f"{name} {value:.4g}" for name, value in row.items() if not isinstance(value, list)]
+    bar.clear()
+    try:
+        print("  ".join(shown), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        stopped.append("stdout")
 
 
 def tables(heads, rows, width=100):

@@ -325,7 +325,7 @@ def main():
     heads = ["inputs", "accepted", *sorted({what for _, what in counts} - {"inputs", "accepted"})]
     rows = [[kind, *[counts[kind, head] for head in heads]] for kind in KINDS]
     rows.append(["all", *[sum(counts[kind, head] for kind in KINDS) for head in heads]])
-    print(kills.markdown(["broken", *heads], rows))
+    print(common.markdown(["broken", *heads], rows))
     for (what, where), (_, told) in sorted(findings.items()):
         print(f"\n{what}: {ascii(where)}", *told, sep="\n    ")
     print(f"\nseed {args.seed}: {len(findings)} findings")

@@ -30,8 +30,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import soundfile                                                        # noqa: E402
 import torch                                                            # noqa: E402
 
-from lib.common import run_main, write_jsonl, write_text                # noqa: E402
-from lib.text import markdown                                           # noqa: E402
+from lib.common import markdown, run_main, write_jsonl, write_text      # noqa: E402
 from world import scenes                                                # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from lib import common
 from lib.common import (UserError, append_jsonl, atomic_path, check_writable, check_settings, flag, locked,
-                        parse_commands, parse_flags, pick, print_row, read_json, read_jsonl, reading, relative_to_here,
+                        markdown, parse_commands, parse_flags, pick, read_json, read_jsonl, reading, relative_to_here,
                         run_main, side_by_side, stop_on_signal, whole_blocks, write_jsonl, write_report)
-from lib.text import markdown
+from lib.text import print_row
 from lib.weights import (Muon, code_hash, find_weights, learning_rate, load_state, load_tensors, load_weights, make_optimizer,
                          model_folder, orthogonal, read_header, resolve, run_folder, save_module, save_state, save_tensors,
                          set_rate, trim_log)
@@ -236,7 +236,7 @@ def test_a_signal_stops_a_loop_after_its_step(number, capfd):
 def test_a_run_whose_reader_went_away_goes_on_to_its_save(monkeypatch):
     def closed(*given, **more):
         raise BrokenPipeError
-    monkeypatch.setattr(common, "print", closed, raising=False)
+    monkeypatch.setattr("lib.text.print", closed, raising=False)
     monkeypatch.setattr(os, "dup2", lambda *given: None)
     print_row(tqdm(disable=True), {"step": 3, "val_bins": [None]}, stopped := [])
     assert stopped
