@@ -73,7 +73,7 @@ def warm_up(commands):
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     with contextlib.suppress(ImportError):
         importlib.import_module("matplotlib.backends.backend_agg")
-    mains = {command.split()[0]: importlib.import_module(command.split()[0]).main for command in (*commands, "reward")}
+    mains = {command.split()[0]: importlib.import_module(command.split()[0]).main for command in (*commands, "ranker")}
     with tempfile.TemporaryDirectory() as work, contextlib.chdir(work), open(os.devnull, "w") as null:
         set_up(Path(work))
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
