@@ -69,7 +69,8 @@ FLAGS = {"model": [
 ], "scores and experts (second paper, III-B, III-D)": [
     flag("--score_column", None, "column of --data whose numbers condition the flow"),
     flag("--score_head", None, "where scores enter; none: as before, or v1", choices=SCORE_HEADS),
-    flag("--score_null", "zero", "null score: 0, or the mean (Eq. 2)", choices=["zero", "scalar"]),
+    flag("--score_null", "zero", "embedding of no score: 0, or that of the mean score (Eq. 2)",
+         choices=["zero", "scalar"]),
     flag("--score_dropout", 0.1, "share of examples losing their score alone (paper: 0.1)", 0, 1),
     flag("--experts", None, "folder of clips that expert_iteration.py kept, to join --data"),
     flag("--oversample", 5, "times that an epoch holds each kept clip (paper: 5)", 1),
