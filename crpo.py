@@ -10,9 +10,9 @@ Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where i
 run ends with the same bits. Clip i is made from (seed, i).
 
 Where paper and official code differ, we do this:
-  - beta multiplies 0.5 times MEANS over (L, C), as the code (Eq. 2: sums, no 0.5, that is
-    --reduction sum --half 1); as a likelihood is a sum, the code's 2000, at 645 x 64, is 2000 L C /
-    (645 * 64) elsewhere, 149 in the toy (docs/differences.md); L_FM stays a mean (Eq. 5);
+  - beta multiplies 0.5 times MEANS over (L, C), as the code (Eq. 2: sums, no 0.5: --reduction sum
+    --half 1). A likelihood sums: the code's 2000 of means over 645 x 64 is 149 of the toy's over
+    64 x 48 (docs/differences.md); L_FM stays a mean (Eq. 5);
   - t is logit-normal, as the code (Eq. 2: uniform), but nearer to noise (code: --t_mean 0) and
     continuous (code: 1000 values); a pair shares noise and t, as the code (Eq. 2 does not say);
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
@@ -44,7 +44,7 @@ from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_f
                         read_jsonl, reading, relative_to_here, run_main, side_by_side,
                         stop_on_signal, whole_blocks, write_json, write_jsonl, write_report)
 from lib.fast import quicken
-from lib.losses import LOSSES, PAIRS, noisy_path, path_step
+from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
 from lib.text import concat_conditions, null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
@@ -52,7 +52,7 @@ from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learn
 from model import SCORE_HEADS, load_model, save_model, with_score_head
 from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
 from sample import SOLVERS, Sampling, decode, default_duration, guide, sample_latents
-from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
+from train_fm import Batch, epoch_order, interpolate, logit_normal_t, no_text, text_condition
 from vae import encode_pairs
 from world.scenes import World, render_clips
 
@@ -88,15 +88,16 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          choices=list(SCORE_HEADS)),
     flag("--score_dropout", 0.1, "share of pairs losing their score (second paper: 0.1)", 0, 1),
 ], "losses of all clips (lib/losses.py)": [
-    flag("--slope", 0.8, "nft: of a clip's goodness in its advantage", 0),
-    flag("--mirror", 1.0, "nft: b, how far good and bad images lie from the old velocity", 1e-6),
-    flag("--pull", 0.0, "weight of the pull to the policy as it came (Flow-GRPO: 0.04)", 0),
+    flag("--advantage_slope", 0.8, "nft: of a clip's goodness (DiffusionNFT: 0.1)", 0),
+    flag("--nft_beta", 1.0, "nft: b, how far both images lie from the old velocity", 1e-6),
+    flag("--kl_weight", None, "weight of |v - old|^2; none: awm 1, grpo 0.04, else 0", 0,
+         kind=float),
     flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
     flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
-    flag("--epochs", 24, "passes over the pairs of an iteration (paper: 8)", 1),
-    flag("--batch_size", 48, "pairs of a step (paper: 48)", 1),
-    flag("--micro_batch", 12, "pairs at a time, their gradients summed: bounds memory", 1),
+    flag("--epochs", 24, "passes over the rows of an iteration (paper: 8)", 1),
+    flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
+    flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
     flag("--learning_rate", 1e-4, "peak learning rate (paper: 1e-5)", 0),
     flag("--warmup_steps", 10, "steps to the peak, at most a quarter of all (paper: 100)", 0),
     flag("--decay", True, "linear decay of the rate to 0 (official: the same)"),
@@ -122,14 +123,13 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--log_every", 1, "steps between rows of log.jsonl", 1),
     flag("--save_every", 25, "steps between saves", 1),
     flag("--save_clips", 64, "clips sampled or scored between saves", 1), DTYPE, DEVICE]}
-OFFICIAL_BETA = 2000 / (645 * 64)               # of squared errors summed over (L, C)
 FREE = {"iterations", "out", "device", "log_every", "save_every", "debug"}  # a run may change these
 HELD_OUT = 50000        # first validation scene used: none that chose thresholds or the base
 NOISE = "evaluation 7"  # seed of the held-out clips: no candidates have it, whatever --seed is
 
 Loss = namedtuple("Loss", "loss beta half reduction fm_weight safeguard shared_noise "
-                  "t_distribution t_mean dropout score score_dropout slope mirror pull sde_noise "
-                  "clip_range steps guidance_scale")
+                  "t_distribution t_mean dropout score score_dropout "
+                  "advantage_slope nft_beta kl_weight sde_noise clip_range steps guidance_scale")
 Optimisation = namedtuple("Optimisation", "epochs batch_size micro_batch learning_rate "
                           "warmup_steps decay beta1 beta2 weight_decay clip ema dtype score_head "
                           "log_every save_every")
@@ -196,16 +196,16 @@ def piece_loss(training, parameters, seed, count, positions):
     """What to log of some of a step's `count` rows, and their part of its gradients."""
     flow, reference, encoder, data, loss, _, device, autocast = training
     batch, advantage = draw_rows(data, positions, loss, seed, device)
-    xt, target, t = batch.x1, None, batch.t
     with torch.set_grad_enabled(len(parameters) > 0), autocast():
-        condition, null = text_condition(encoder, batch), None
-        if loss.loss == "grpo":                 # x_1 are paths, of guided steps
+        condition = text_condition(encoder, batch)
+        null = None
+        if loss.loss != "grpo":
+            t = batch.t
+            xt, target = interpolate(batch.x1, batch.x0, t)
+        else:                                   # x_1 are paths, of guided steps
             xt, target, t = path_step(batch.x1, batch.t)
             if loss.guidance_scale != 1:
-                everything = torch.ones_like(batch.dropped)
-                null = text_condition(encoder, batch._replace(dropped=everything))
-        else:
-            xt, target = interpolate(batch.x1, batch.x0, batch.t)
+                null = text_condition(encoder, no_text(batch))
         both = two_velocities(flow, reference, xt, t, condition, null, loss.guidance_scale)
         mean, parts = LOSSES[loss.loss](*both, xt, target, t, advantage.to(device), loss)
         part = mean * (len(positions) / count)
@@ -251,7 +251,7 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     model = load_policy(policy, device, how.score_head)
     flow = model.flow
     reference = copy.deepcopy(flow).requires_grad_(False)   # the policy as it came
-    with reading(f"the pairs of {folder}", "delete pairs.jsonl and pairs.safetensors"):
+    with reading(f"the pairs or clips of {folder}", "delete them: they are made anew"):
         pairs = training_data(rows, tensors, model)
         if len(pairs["mean"]) != len(rows):
             raise ValueError(f"there are {len(rows)} rows for {len(pairs['mean'])} pairs")
@@ -261,14 +261,10 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     steps = math.ceil(how.epochs * len(rows) / how.batch_size)
     warmup = min(how.warmup_steps, max(1, steps // 4))
     shape = "linear" if how.decay else "constant"
-    length, channels = pairs["mean"].shape[-2:]
-    if loss.beta is None:
-        loss = loss._replace(beta=OFFICIAL_BETA * length * channels)
-    size = 1 if loss.reduction == "sum" else length * channels
-    print(f"beta {loss.beta:.6g}: {loss.half * loss.beta / size:.3g} per squared error, summed "
-          f"over {length} x {channels} (official: {0.5 * OFFICIAL_BETA:.3g})")
+    loss = with_defaults(loss, *pairs["mean"].shape[-2:])
     settings = {"seed": seed, "warmup": warmup, "policy": policy_hash(policy),
-                **loss._asdict(), **how._asdict(), "steps": steps, "log_every": 0, "save_every": 0}
+                **loss._asdict(), "sampler_steps": loss.steps, **how._asdict(), "steps": steps,
+                "log_every": 0, "save_every": 0}
     autocast = autocast_for(how.dtype, device)
     training = Training(flow, reference, model.text, pairs, loss, how.micro_batch, device, autocast)
     step, minutes = load_state(folder, parameters, optimizer, average, settings)
@@ -420,8 +416,12 @@ def run(command="crpo.run(...)", **settings):
         model = load_policy(policy, device, args.score_head, args.generation_batch)
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")
-        if args.pairs and args.loss not in PAIRS:
-            raise UserError(f"--loss {args.loss} needs all clips of a prompt: leave out --pairs")
+        if args.pairs and (args.shuffle or args.loss not in PAIRS):
+            raise UserError("--pairs has no clips to shuffle or to group: leave out --shuffle and "
+                            f"--loss {args.loss}")
+        if args.loss == "grpo" and (args.offline or args.steps < 2):
+            raise UserError("--loss grpo needs new paths in each iteration, of 2 steps or more: "
+                            "leave out --offline, raise --steps")
         if args.pairs:
             static = read_pairs(args.pairs, args.audio_dir)
             args.iterations = 1
@@ -459,7 +459,7 @@ def run(command="crpo.run(...)", **settings):
                     scored = score_candidates(source, model, asked, latents,
                                               {"reward": judges.reward}, origin, args.save_clips)
                     if args.shuffle:
-                        scored = shuffled(scored, args.num_samples, seed)
+                        scored = shuffled(scored, args.num_samples, f"{args.seed} {source.name}")
 
                     # the best and the worst, or all with their advantages
                     if args.loss in PAIRS:

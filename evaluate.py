@@ -48,7 +48,8 @@ FLAGS = {"what is judged": [
 ], "sampler": [
     *SAMPLER_FLAGS, flag("--score", None, "score asked for", -1e6, 1e6, kind=float),
 ], "who judges": [
-    flag("--reward", str(REWARD), "CLAP that ranked (paper: laion/clap-htsat-unfused)"),
+    flag("--reward", str(REWARD), "what ranked: a CLAP (paper: laion/clap-htsat-unfused) or "
+         "FILE.py:function"),
     flag("--judge", str(JUDGE), "CLAP that only judges (paper: laion/clap-htsat-fused)"),
     flag("--tagger", str(BASE), "folder of the world's taggers"),
     flag("--draws", 1000, "resamplings of the prompts", 1, 10 ** 6),
@@ -137,6 +138,11 @@ def judged(path, judges, clips_of, scenes):
     if not Path(path).is_file():
         found = judges.judge(clips_of(), scenes)
         save_tensors(path, {name: torch.from_numpy(array) for name, array in found.items()})
+    return read_judged(path)
+
+
+def read_judged(path):
+    """The arrays that `judged` kept in the file `path`."""
     with reading(path, "delete it: its clips are judged again"):
         found = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
     return {"silent": np.full(len(found["reward"]), np.nan), **found}       # of older runs: "-"
@@ -215,6 +221,17 @@ def compare(found, against, draws=1000, seed=0, pooled=()):
     return [table, note, change_table(changes)], numbers
 
 
+def change_of(name, before, now):
+    """95 % interval of what a CLAP, "reward" or "judge", says of two judged sets."""
+    gained = now[name] - before[name]
+    return bootstrap(lambda rows: gained[rows].mean(), len(gained))
+
+
+def fooled(before, now):
+    """Whether the reward rose and the judge fell from one judged set to another."""
+    return change_of("reward", before, now)[0] > 0 > change_of("judge", before, now)[1]
+
+
 def alarms(name, losses, before, now):
     """One line for each known failure of an iteration; before, now: what the judges said."""
     lines = []
@@ -222,13 +239,10 @@ def alarms(name, losses, before, now):
     if losses["accuracy"] > 0.95 and risen:
         lines.append(f"{name}: the winners' loss rose at an accuracy near 1: losers get worse; "
                      "raise --fm_weight or lower --beta, --learning_rate")
-    gained = {judge: now[judge] - before[judge] for judge in ("reward", "judge")}
-    reward = bootstrap(lambda rows: gained["reward"][rows].mean(), len(gained["reward"]))
-    judge = bootstrap(lambda rows: gained["judge"][rows].mean(), len(gained["judge"]))
-    if reward[0] > 0 > judge[1]:
+    if fooled(before, now):
         lines.append(f"{name}: the reward rose and the judge fell: the reward is being fooled; "
                      "take an earlier iteration, more prompts or fewer --epochs")
-    if reward[1] < 0:
+    if change_of("reward", before, now)[1] < 0:
         lines.append(f"{name}: the reward itself fell: the policy drifts or collapses; lower "
                      "--learning_rate or raise --pull")
     return lines

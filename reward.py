@@ -149,7 +149,7 @@ class UserReward(nn.Module):
         """A list of (channels, samples) with their prompts -> (N,) float32."""
         with reading(self.name, "it must give a number for each clip"):
             values = self.function(audios, sampling_rate, prompts)
-            scores = torch.as_tensor(values, dtype=torch.float32)
+            scores = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
             if scores.shape != (len(audios),):
                 raise ValueError(f"its scores of {len(audios)} clips are {tuple(scores.shape)}")
         return scores
@@ -171,7 +171,7 @@ def make_pairs(scores, per_prompt=1):
     equal scores the first counts, as in the official code. Prompts with NaN among their scores
     make no pair, nor do clips that score the same."""
     scores = np.asarray(scores, dtype=float)
-    known = ~np.isnan(scores).any(1)                                                    # (M,)
+    known = np.isfinite(scores).all(1)                                                  # (M,)
     scores = np.where(known[:, None], scores, 0.0)
     best = np.argsort(-scores, axis=1, kind="stable")                                   # (M, N)
     worst = np.argsort(scores, axis=1, kind="stable")
@@ -184,15 +184,21 @@ def make_pairs(scores, per_prompt=1):
     return [np.concatenate(part) for part in zip(*pairs)]
 
 
+def usable_pairs(rewards, per_prompt=1):
+    """make_pairs, and a warning of the prompts that make none. UserError if none does."""
+    pairs = make_pairs(rewards, per_prompt)
+    missing = len(rewards) - len(set(pairs[0].tolist()))
+    if missing == len(rewards):
+        raise UserError("no prompt makes a pair; raise --num_samples or check --reward")
+    if missing:
+        warn(f"{missing} of {len(rewards)} prompts make no pair (equal or NaN scores)")
+    return pairs
+
+
 def pairs_of(folder, scored, latents, count, per_prompt=1):
     """pairs.jsonl, pairs.safetensors: best and worst of each prompt's `count` clips, and so on."""
     rewards = np.array([row["reward"] for row in scored]).reshape(-1, count)            # (M, N)
-    prompts, best, worst = make_pairs(rewards, per_prompt)                              # (P,) each
-    missing = len(rewards) - len(set(prompts.tolist()))
-    if missing:
-        warn(f"{missing} of {len(rewards)} prompts make no pair (equal or NaN scores)")
-    if not len(prompts):
-        raise UserError("no prompt makes a pair; raise --num_samples or check --reward")
+    prompts, best, worst = usable_pairs(rewards, per_prompt)                            # (P,) each
     places = {"winner": prompts * count + best, "loser": prompts * count + worst}
     rows = [{"prompt": scored[i]["prompt"], "duration": scored[i]["duration"]}
             for i in places["winner"]]
@@ -214,7 +220,7 @@ def shuffled(scored, count, seed):
 def groups_of(scored, latents, count, size):
     """Rows and tensors of all clips of the prompts that make a pair, `size` of them in a row."""
     rewards = torch.tensor([row["reward"] for row in scored]).view(-1, count)           # (M, N)
-    prompts, _, _ = make_pairs(rewards)
+    prompts, _, _ = usable_pairs(rewards)
     clips = latents.unflatten(0, rewards.shape)[prompts].flatten(0, 1)
     rows = [scored[i * count + j] for i in prompts for j in range(0, count, size)]
     advantage = advantages(rewards[prompts]).view(-1, size)                             # (P, K)

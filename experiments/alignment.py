@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 import crpo
-from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, alarms, as_clips, bootstrap, cells,
-                      change_table, compare, gains, judged, measure, sampled, summary)
+from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, as_clips, bootstrap, cells,
+                      change_table, compare, fooled, gains, measure, read_judged, sampled,
+                      summary)
 from lib.common import (ALIGNED, BASE, UserError, check_writable, choose_device, flag,
                         markdown, parse_commands, picture, read_json, read_jsonl, run_main,
                         write_jsonl, write_report)
@@ -41,8 +42,8 @@ METHODS = {
     "dpo": {"loss": "dpo", **PAIRED},
     "nft": {"loss": "nft", **ALL},
     "dgpo": {"loss": "dgpo", **ALL, "batch_size": 8, "micro_batch": 2},     # groups of N
-    "awm": {"loss": "awm", "pull": 1.0, **ALL},
-    "grpo": {"loss": "grpo", "pull": 0.04, **ALL},
+    "awm": {"loss": "awm", **ALL},
+    "grpo": {"loss": "grpo", **ALL},
     "control": {"loss": "crpo", "shuffle": True, **PAIRED},
     "nft control": {"loss": "nft", "shuffle": True, **ALL}}
 REWARDS = ("clap", "truth", "shuffled")
@@ -72,10 +73,10 @@ COMMANDS = {
         "loop": LOOP, **COMMON}),
     "recovered": ("how much of what weak captions cost alignment wins back", {
         "what": [flag("--base", str(BASE), "model folder of the base"),
-                 flag("--clean", str(BASE), "of the model that learned from true captions alone"),
+                 flag("--clean", None, "of the model that learned from true captions alone"),
                  flag("--aligned", [ALIGNED], "of the aligned models, one a seed", nargs="+"),
                  flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
-                 flag("--scales", [3.0, 3.0], "guidance: of base, clean and control; of aligned",
+                 flag("--scales", [3.0, 3.0], "guidance: of base and clean; of aligned and control",
                       0, nargs=2),
                  flag("--prompts", 1024, "held-out prompts of unseen pairs", 8),
                  flag("--steps", 10, "solver steps", 1)], **COMMON}),
@@ -149,8 +150,9 @@ def room_table(rooms, draws):
         row = [what]
         for base, room in rooms.items():
             values = room[what]
-            low, high = bootstrap(lambda rows: np.nanmean(values[rows]), len(values), draws)
-            mean = float(np.nanmean(values))
+            values = values[~np.isnan(values)]
+            low, high = bootstrap(lambda places: values[places].mean(), len(values), draws)
+            mean = float(values.mean()) if len(values) else float("nan")
             numbers[base][what] = [mean, low, high]
             row.append(f"{mean:.3f} ({low:.3f}-{high:.3f})")
         rows.append(row)
@@ -158,6 +160,12 @@ def room_table(rooms, draws):
 
 
 # ----------------------------------------------------------------------------- runs of crpo.py
+
+def short_name(source):
+    """A model folder's name; of iterations, which share theirs, the run's before it."""
+    path = Path(source)
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("iteration_") else path.name
+
 
 def share_candidates(source, folder, rewards=None):
     """Begin the run `folder` with what the run `source` judged and sampled in its iteration 1.
@@ -193,7 +201,7 @@ def judged_sets(folder, iterations):
     paths = {"real": folder / "real.safetensors", "base": folder / "base.safetensors"}
     for k in range(1, iterations + 1):
         paths[f"iteration {k}"] = folder / f"iteration_{k}" / "heard.safetensors"
-    return {name: judged(path, None, None, None) for name, path in paths.items()}
+    return {name: read_judged(path) for name, path in paths.items()}
 
 
 def settings_of(args, **more):
@@ -210,12 +218,12 @@ def room(args, judges, device):
     sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
     rooms, changes, rows = {}, {}, []
     for base in args.bases:
-        name = Path(base).name
+        name = short_name(base)
         candidates = candidates_of(judges, load_model(base, device), scenes, args.num_samples,
                                    sampler)
         rooms[name] = room_of(candidates, args.num_samples)
         first = Path(args.runs) / f"{name}_clap_{args.betas[0]:g}"
-        for reward in args.rewards:
+        for reward in sorted(set(args.rewards) | {"clap"}, key=REWARDS.index):    # the clap samples
             for beta in args.betas:
                 folder = Path(args.runs) / f"{name}_{reward}_{beta:g}"
                 if folder != first:
@@ -223,7 +231,8 @@ def room(args, judges, device):
                     if reward == "truth":
                         rewards = true_rewards(first, base, args.tagger, device)
                     share_candidates(first, folder, rewards)
-                settings = settings_of(args, checkpoint=base, iterations=1, beta=beta, **PAIRED)
+                settings = settings_of(args, checkpoint=base, iterations=1, beta=beta,
+                                       seed=args.seed, **PAIRED)
                 crpo.run(f"room: {folder.name}", out=str(folder), shuffle=reward == "shuffled",
                          **settings)
                 found = judged_sets(folder, 1)
@@ -233,7 +242,7 @@ def room(args, judges, device):
                 label = f"{name}, {reward}, beta {beta:g}"
                 rows.append([label, *cells(summary(found["iteration 1"], found["real"]))])
                 changes[label] = gains([found["iteration 1"]], [found["base"]], found["real"],
-                                       args.draws)
+                                       args.draws, args.seed)
     table, numbers = room_table(rooms, args.draws)
     return [table, tables(["clips", *HEADS], rows), change_table(changes)], {
         "room": numbers, "changes": changes}
@@ -281,10 +290,9 @@ def methods(args, judges, device):
 def hacks(seeds, iterations):
     """The first iteration in which the reward rose and the judge fell, of any seed; "-": none."""
     names = ["base", *[f"iteration {k}" for k in range(1, iterations + 1)]]
-    calm = {"accuracy": 0, "winner": 0, "reference_winner": 1}
     for k in range(1, iterations + 1):
-        for _, found in seeds:
-            if alarms(names[k], calm, found[names[k - 1]], found[names[k]]):
+        for _, sets in seeds:
+            if fooled(sets[names[k - 1]], sets[names[k]]):
                 return names[k]
     return "-"
 
@@ -297,7 +305,8 @@ def draw_curves(path, curves, clips, real):
                 values = np.array([[found[name] for found in seeds] for seeds in points])
                 x = np.arange(len(values)) * clips
                 line, = axis.plot(x, values.mean(1), marker="o", label=loss)
-                axis.fill_between(x, values.min(1), values.max(1), alpha=0.2, color=line.get_color())
+                axis.fill_between(x, values.min(1), values.max(1), alpha=0.2,
+                                  color=line.get_color())
             axis.axhline(real[name], color="grey", label="real scenes")
             axis.set(xlabel="clips generated", ylabel=MEASURES[name])
             axis.legend(fontsize=7)
@@ -311,7 +320,7 @@ def guidance(args, judges, device):
     found = {"real": judges.judge(clips, scenes)}
     rows, fronts = [], {}
     for source in args.models:
-        model, name = load_model(source, device), Path(source).name
+        model, name = load_model(source, device), short_name(source)
         for scale in args.scales:
             sampler = Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
             key = f"{name} at {scale:g}"
@@ -338,7 +347,7 @@ def guidance(args, judges, device):
     for key in others:
         changes[f"{key} against {first}"] = gains([found[key]], [found[first]], found["real"],
                                                   args.draws)
-    note = "Each model at its best guidance by the judge:"
+    note = "Each at its best guidance by the judge on these prompts; the choice widens no interval:"
     return [tables(["clips", *HEADS], rows), note, change_table(changes)], {
         "fronts": fronts, "changes": changes}
 
@@ -358,6 +367,8 @@ def share(name, found, real, rows):
 def recovered(args, judges, device):
     """What lies between a base that learned from weak captions and one that learned from true
     ones, and how much of it is won back; beside it the control, whose rewards were shuffled."""
+    if args.clean in (None, args.base):
+        raise UserError("--clean must name the model that learned from true captions, not the base")
     clips, scenes = render_clips(World("test", pairs="unseen"), range(args.prompts))
     real = judges.judge(clips, scenes)
     second = {"real": tally_all(hear(judges.ear, clips), scenes)}       # by the other tagger
@@ -366,7 +377,7 @@ def recovered(args, judges, device):
     found = {kind: [] for kind in sources}
     rows = [["real", *cells(summary(real, real))]]
     for kind, folders in sources.items():
-        scale = args.scales[kind == "aligned"]
+        scale = args.scales[0] if kind in ("base", "clean") else args.scales[1]
         sampler = Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
         heard = []
         for place, folder in enumerate(folders):

@@ -4,8 +4,9 @@
   dpo   L_DPO-FM alone
   nft   DiffusionNFT (arXiv 2509.16117), of all N clips of a prompt, as all below: good ones pull
         the policy, bad ones its mirror image (there sampled at guidance 1, here at any scale)
-  dgpo  direct group preference: A-weighted errors, weaker as the group's preference is learned
-  awm   advantage-weighted matching: A-weighted errors, held by `pull` alone
+  dgpo  direct group preference (arXiv 2510.08425): A-weighted errors, weaker as the preference of
+        the group is learned
+  awm   advantage-weighted matching (arXiv 2509.25050): A-weighted errors, held by `kl_weight` alone
   grpo  the policy gradient of noisy steps (TangoFlux A.11; Flow-GRPO, arXiv 2505.05470)
 
 Each takes, for rows of K clips of a prompt (K B clips: first clip 0 of all rows, then clip 1, ...),
@@ -14,10 +15,10 @@ Each takes, for rows of K clips of a prompt (K B clips: first clip 0 of all rows
     xt, target      (K B, L, C)  x_t = (1-t) x_1 + t x_0 and v = x_0 - x_1, float32
     t               (K B,)
     A               (B, K)       `advantages`; of pairs not used: clip 0 has won
-    how                          settings by the names of crpo.py's flags
+    settings                     by the names of crpo.py's flags
 
 and returns the loss, a mean over the clips, and {diagnostic: float}. E is a clip's mean squared
-velocity error, and the pull to the reference a mean of |v - old|^2.
+velocity error; kl_weight weighs a mean of |v - old|^2, the KL to the reference but for a factor.
 B rows, K and N clips of a prompt, M prompts, L latent frames, C latent channels.
 """
 from itertools import pairwise
@@ -63,31 +64,38 @@ def safeguarded(loser, winner_miss, loser_miss, mu=0.9):
     """The losers' errors (B,), their gradient held back (Diffusion-SDPO, arXiv 2511.03317).
 
     winner_miss, loser_miss (B, L, C): v - target, proportional to the gradients g_w, g_l of the
-    errors by the output. A step along g_w - s g_l lowers the winner's error by |g_w|^2 - s g_l.g_w
-    to first order: with this s by mu |g_w|^2 at least."""
+    errors by the output. If both acted on one output, a step along g_w - s g_l would lower the
+    winner's error by |g_w|^2 - s g_l.g_w, to first order: with this s by mu |g_w|^2 at least. That
+    shared weights do the same is the paper's approximation."""
     dot = (winner_miss * loser_miss).flatten(1).sum(1)                          # (B,)
     square = winner_miss.square().flatten(1).sum(1)
     scale = torch.where(dot > 0, ((1 - mu) * square / dot).clamp(0, 1), 1.0).detach()
     return scale * loser + (1 - scale) * loser.detach()
 
 
-def pair_loss(velocity, old, xt, target, t, A, how):
+def pair_loss(velocity, old, xt, target, t, A, settings):
     """L_CRPO of pairs, clip 0 the winner; --loss dpo: L_DPO-FM alone."""
     winner, loser = errors(velocity, target).chunk(2)                           # (B,) each
     reference = errors(old, target).chunk(2)
-    if how.safeguard is not None:
-        loser = safeguarded(loser, *(velocity.float() - target).chunk(2), how.safeguard)
-    beta = how.beta * target[0].numel() if how.reduction == "sum" else how.beta         # Eq. 2
-    fm_weight = 0.0 if how.loss == "dpo" else how.fm_weight
-    return crpo_loss(winner, loser, *reference, beta, how.half, fm_weight)
+    if settings.safeguard is not None:
+        winner_miss, loser_miss = (velocity.float() - target).chunk(2)          # (B, L, C) each
+        loser = safeguarded(loser, winner_miss, loser_miss, settings.safeguard)
+    beta = settings.beta
+    if settings.reduction == "sum":                                             # Eq. 2
+        beta = beta * target[0].numel()
+    fm_weight = 0.0 if settings.loss == "dpo" else settings.fm_weight
+    return crpo_loss(winner, loser, *reference, beta, settings.half, fm_weight)
 
 
 # ----------------------------------------------------------------------------- all N clips
 
 def advantages(rewards, cut=2.0):
-    """Rewards (M, N) -> A (M, N): deviations from the mean of their prompt, `cut` at most."""
+    """Rewards (M, N) -> A (M, N): distances from the mean of their prompt, in its deviations.
+
+    At most `cut`: then a prompt's A do not sum to 0 exactly, as DGPO's proof has them."""
     centred = rewards - rewards.mean(1, keepdim=True)
-    return (centred / centred.square().mean(1, keepdim=True).sqrt()).clamp(-cut, cut)
+    deviation = centred.square().mean(1, keepdim=True).sqrt()                   # (M, 1)
+    return (centred / deviation).clamp(-cut, cut)
 
 
 def diagnostics(velocity, old, target, A):
@@ -105,46 +113,48 @@ def diagnostics(velocity, old, target, A):
 
 
 def image_error(velocity, target, t):
-    """|x - x_1|^2 (B,) of the data that a velocity sees, x = x_t - t v, over its own size."""
+    """Mean of (x - x_1)^2 over the mean of |x - x_1|, detached (B,); x = x_t - t v is the data that
+    a velocity points to."""
     miss = t[:, None, None] * (velocity - target)                               # x_1 - x
     size = miss.detach().abs().mean((1, 2)).clamp(min=1e-5)                     # (B,)
     return miss.square().mean((1, 2)) / size
 
 
-def nft_loss(velocity, old, xt, target, t, A, how):
+def nft_loss(velocity, old, xt, target, t, A, settings):
     """r e(v+) + (1 - r) e(v-) with v+- = old +- b (v - old) and e the `image_error`.
 
-    r = 1/2 + slope A, between 0 and 1, is how good a clip is."""
+    r = 1/2 + slope A, between 0 and 1, is how good a clip is (official: slope 0.1, and both terms
+    times 5 / b, which weighs the KL less)."""
     A = A.T.flatten()                                                           # (K B,)
-    r = (0.5 + how.slope * A).clamp(0, 1)
+    r = (0.5 + settings.advantage_slope * A).clamp(0, 1)
     old = old.float()
-    change = how.mirror * (velocity.float() - old)                              # b (v - old)
+    change = settings.nft_beta * (velocity.float() - old)                              # b (v - old)
     positive = image_error(old + change, target, t)                             # (K B,)
     negative = image_error(old - change, target, t)
-    pull = how.pull * errors(velocity, old)
-    loss = r * positive + (1 - r) * negative + pull
+    kl = settings.kl_weight * errors(velocity, old)
+    loss = r * positive + (1 - r) * negative + kl
     return loss.mean(), diagnostics(velocity, old, target, A)
 
 
-def dgpo_loss(velocity, old, xt, target, t, A, how):
+def dgpo_loss(velocity, old, xt, target, t, A, settings):
     """s A E with s = sigmoid(mean of beta A (E - E_old) over the group of a prompt), detached.
 
     s is 1/2 at first; it goes to 0 as good clips' errors fall and bad ones' rise."""
     count = A.shape[1]
     E = errors(velocity, target).view(count, -1).T                              # (B, K)
     E_old = errors(old, target).view(count, -1).T
-    gained = how.beta * A * (E - E_old)
+    gained = settings.beta * A * (E - E_old)
     s = gained.mean(1, keepdim=True).sigmoid().detach()                         # (B, 1)
-    pull = how.pull * errors(velocity, old).mean()
-    loss = (s * A * E).mean() + pull
+    kl = settings.kl_weight * errors(velocity, old).mean()
+    loss = (s * A * E).mean() + kl
     return loss, diagnostics(velocity, old, target, A.T.flatten())
 
 
-def awm_loss(velocity, old, xt, target, t, A, how):
+def awm_loss(velocity, old, xt, target, t, A, settings):
     """A E, an error in the place of a negative log-likelihood; without a pull it has no bound."""
     A = A.T.flatten()                                                           # (K B,)
-    pull = how.pull * errors(velocity, old)
-    loss = A * errors(velocity, target) + pull
+    kl = settings.kl_weight * errors(velocity, old)
+    loss = A * errors(velocity, target) + kl
     return loss.mean(), diagnostics(velocity, old, target, A)
 
 
@@ -180,35 +190,63 @@ def noisy_path(velocity_fn, x, ts, noise):
 
 
 def path_step(path, t):
-    """The noisy step of paths (B, steps + 1, L, C) in which t (B,) lies -> x_t, the next state,
-    and the t at which it began."""
+    """A noisy step of paths (B, steps + 1, L, C), drawn by t (B,), uniform in (0, 1) -> x_t, the
+    next state, and the t at which it began."""
     steps = path.shape[1] - 1
-    step = ((1 - t) * steps).long().clamp(max=steps - 2)        # the last has no noise
+    step = ((1 - t) * (steps - 1)).long().clamp(max=steps - 2)  # the last has no noise
     rows = torch.arange(len(path), device=path.device)
     return path[rows, step], path[rows, step + 1], 1 - step / steps
 
 
-def grpo_loss(velocity, old, xt, target, t, A, how):
+def grpo_loss(velocity, old, xt, target, t, A, settings):
     """-min(ratio A, clipped ratio A) + pull KL of a step xt -> target that `old` made with noise.
 
     ratio = p(target | xt) / p_old(target | xt), Gaussians of `noisy_step`; log-probabilities and
     KL are means over (L, C), as Flow-GRPO's, so that `clip_range` does not depend on the size."""
     A = A.T.flatten()                                                           # (B,)
     t = t[:, None, None]                                                        # (B, 1, 1)
-    next_t = t - 1 / how.steps
-    mean, deviation = noisy_step(velocity.float(), xt, t, next_t, how.sde_noise)
-    old_mean, _ = noisy_step(old.float(), xt, t, next_t, how.sde_noise)
+    next_t = t - 1 / settings.steps
+    mean, deviation = noisy_step(velocity.float(), xt, t, next_t, settings.sde_noise)
+    old_mean, _ = noisy_step(old.float(), xt, t, next_t, settings.sde_noise)
     variance = 2 * deviation ** 2                                               # (B, 1, 1)
 
     change = (target - old_mean).square() - (target - mean).square()            # (B, L, C)
     ratio = (change / variance).mean((1, 2)).exp()                              # (B,)
-    clipped = ratio.clamp(1 - how.clip_range, 1 + how.clip_range)
+    clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
     kl = ((mean - old_mean).square() / variance).mean((1, 2))
     gained = torch.minimum(ratio * A, clipped * A)
-    loss = (how.pull * kl - gained).mean()
+    loss = (settings.kl_weight * kl - gained).mean()
     return loss, means({"accuracy": (ratio - 1) * A > 0, "ratio": ratio, "kl": kl,
                         "clipped": ratio != clipped, "gained": gained - A,
                         "drift": errors(velocity, old)})
+
+
+# ----------------------------------------------------------------------------- settings
+
+OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), for crpo and dpo
+DGPO_BETA = 100 / (16 * 64 * 64)        # the same of DGPO's official code, of images
+KL_WEIGHTS = {"awm": 1.0, "grpo": 0.04}
+
+
+def with_defaults(settings, length, channels):
+    """Settings with those that depend on the loss and on the size L x C of the latents.
+
+    beta: as strong per summed squared error as in the official code. grpo: steps are drawn
+    uniformly, and under the text that made them, so that the ratio is to the policy that did."""
+    name, size = settings.loss, length * channels
+    if settings.kl_weight is None:
+        settings = settings._replace(kl_weight=KL_WEIGHTS.get(name, 0.0))
+    if name == "grpo":
+        settings = settings._replace(dropout=0.0, score_dropout=0.0, t_distribution="uniform")
+    if settings.reduction == "sum":
+        size = 1
+    if settings.beta is None:
+        strength = DGPO_BETA if name == "dgpo" else OFFICIAL_BETA
+        settings = settings._replace(beta=strength * size)
+    if name in PAIRS:
+        print(f"beta {settings.beta:.6g}: {settings.half * settings.beta / size:.3g} per squared "
+              f"error, summed over {length} x {channels} (official: {OFFICIAL_BETA / 2:.3g})")
+    return settings
 
 
 LOSSES = {"crpo": pair_loss, "dpo": pair_loss, "nft": nft_loss, "dgpo": dgpo_loss, "awm": awm_loss,

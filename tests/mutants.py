@@ -164,7 +164,7 @@ MUTANTS = {
         ("own", "clip[:int(each.duration * rate)] for clip", "clip for clip", "evaluate"),
         ("own", "audio.mean(0, keepdim=True), codec", "audio[:1], codec", "evaluate"),
         ("own", "reward[0] > 0 > judge[1]", "reward[0] > 0 > judge[0]", "crpo"),
-        ("own", "losses[\"winner\"] > 1.05 * losses", "losses[\"winner\"] > 1.5 * losses", "crpo"),
+        ("own", "losses.get(\"winner\", 0) > 1.05 * losses", "losses[\"winner\"] > 1.5 * losses", "crpo"),
         ("own", "found[name] for name in pooled]", "found[name] for name in pooled[:1]]", "evaluate"),
     ],
     "expert_iteration.py": [

@@ -89,8 +89,8 @@ def run_alignment(place, monkeypatch, command, *more):  # noqa: F811
     monkeypatch.chdir(place)
     pool = crpo.prompt_pool
     monkeypatch.setattr(crpo, "prompt_pool", lambda file, size, *more: pool(file, 50, *more))
-    for name in ("PAIRED", "ALL"):
-        monkeypatch.setitem(getattr(alignment, name), "epochs", 1)
+    for how in (alignment.PAIRED, *alignment.METHODS.values()):
+        monkeypatch.setitem(how, "epochs", 1)
     ears = ["--reward", str(place / "reward"), "--judge", str(place / "judge"), "--tagger", str(place)]
     alignment.main([command, *more, *ears])
     return narrow(place / "out" / f"{command}.md"), read_json(place / "out" / f"{command}.json")
@@ -105,7 +105,8 @@ def test_the_room_of_a_base(place, monkeypatch):  # noqa: F811
     assert found["exact above not"][0] == 0.5 and np.isnan(found["exact above not"][1])
     row = dict.fromkeys(alignment.COLUMNS, 0) | {"hits": 2, "extras": 1, "misses": 1, "ordered": 1, "order_right": 1,
                                                  "counted": 2, "counts_right": 1, "exact": 0, "clips": 1}
-    assert alignment.truth([list(row.values())]).tolist() == [pytest.approx(4 / 6 + 0.5 + 0.25)]
+    rows = [list(row.values()), list((row | {"extras": 3}).values()), list((row | {"exact": 1}).values())]
+    assert alignment.truth(rows).tolist() == pytest.approx([4 / 6 + 0.75, 4 / 8 + 0.75, 4 / 6 + 1.75])
     monkeypatch.setattr(alignment, "truth", lambda tallies: np.arange(len(tallies)) % 7)        # these ears hear nothing
     text, numbers = run_alignment(place, monkeypatch, "room", "--bases", str(place / "a"), "--betas", "149", *TINY)
     assert "a, truth, beta 149" in text and "best of 3 by truth" in text

@@ -4,8 +4,8 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from conftest import noise
-from test_crpo import CPU, MODEL, claps, run, settings  # noqa: F401
+from conftest import noise, refused
+from test_crpo import CPU, MODEL, claps, opposite_sides, run, settings  # noqa: F401
 
 import crpo
 from crpo import interpolate
@@ -16,7 +16,7 @@ from lib.weights import load_tensors
 from reward import groups_of
 from sample import schedule
 
-How = namedtuple("How", "loss beta half reduction fm_weight safeguard slope mirror pull sde_noise clip_range steps")
+How = namedtuple("How", "loss beta half reduction fm_weight safeguard advantage_slope nft_beta kl_weight sde_noise clip_range steps")
 HOW = How("nft", 100.0, 0.5, "mean", 1.0, None, 0.8, 1.0, 0.0, 0.7, 1e-3, 10)
 GROUPED = ("nft", "dgpo", "awm")
 
@@ -47,11 +47,16 @@ def test_at_the_reference_the_gradient_is_the_formulas(name):
     assert torch.allclose(gradient(name, old, old, xt, target, t, A), by_hand, atol=1e-6)
     assert torch.allclose(gradient(name, old, old, xt, target, t, -A), -by_hand, atol=1e-6)     # the sign turns
     moved = old + 0.1 * noise(*old.shape)
-    pulled = gradient(name, moved, old, xt, target, t, 0 * A, HOW._replace(pull=0.5))
-    if name == "nft":           # at r = 1/2 the images' own terms pull as well, to old
-        assert not gradient(name, old, old, xt, target, t, 0 * A).any()
-    else:
-        assert torch.allclose(pulled, (moved - old) / size / len(old), atol=1e-6)       # A = 0: the pull alone
+    held, free = (gradient(name, moved, old, xt, target, t, 0 * A, HOW._replace(kl_weight=w)) for w in (0.5, 0.0))
+    assert torch.allclose(held - free, (moved - old) / size / len(old), atol=1e-6)      # A = 0: the KL
+    assert name == "nft" or not free.any()                  # alone, but for nft's images, at r = 1/2 both
+    assert not gradient(name, old, old, xt, target, t, 0 * A).any()
+
+
+def test_advantages_are_in_deviations_and_cut():
+    A = advantages(torch.tensor([[0.0] * 7 + [8], [1, 2, 3, 4, 5, 6, 7, 8]]))
+    assert A[0].max() == 2 and A[0, 0] == pytest.approx(-1 / 7 ** 0.5)          # uncut: 7 / sqrt(7)
+    assert A[1].sum().abs() < 1e-6 and A[1].square().mean() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -86,7 +91,7 @@ def test_nft_with_a_small_b_is_a_weighted_regression():
     r = (0.5 + 0.8 * A.T.flatten()).clamp(0, 1)[:, None, None]
     scale = (old - target).abs().mean((1, 2), keepdim=True)
     slope = (2 * r - 1) * 2 * t[:, None, None] * (old - target) / scale / old[0].numel() / len(old)
-    assert torch.allclose(gradient("nft", moved, old, xt, target, t, A, HOW._replace(mirror=b)) / b, slope, atol=2e-4)
+    assert torch.allclose(gradient("nft", moved, old, xt, target, t, A, HOW._replace(nft_beta=b)) / b, slope, atol=2e-4)
     best = gradient("nft", target, old, xt, target, t, 9 + 0 * A)               # r = 1: the data is a fixed point
     assert best.abs().max() < 1e-3                                              # but for rounding
 
@@ -97,6 +102,10 @@ def test_dgpo_rests_when_the_preference_is_learned():
     learned = target + (old - target) * (1 - 0.4 * flat)                        # better where A > 0
     first, last = (gradient("dgpo", each, old, xt, target, t, A, HOW._replace(beta=1e3)).norm() for each in (old, learned))
     assert last < 1e-3 * first
+    half = learned.clone()                                  # prompt 0 has learned, prompt 1 has the opposite
+    half[1::3] = (target + (old - target) * (1 + 0.4 * flat))[1::3]
+    norms = gradient("dgpo", half, old, xt, target, t, A, HOW._replace(beta=1e3)).square().sum((1, 2)).view(4, 3).sum(0)
+    assert norms[0] < 1e-6 < norms[1]                       # each prompt has its own s
 
 
 def test_the_safeguard_keeps_the_winners_error_to_first_order():
@@ -122,11 +131,11 @@ def test_beta_counts_summed_errors():
     """The same loss and gradient norm for the same summed errors, whatever L x C (docs/differences.md)."""
     found = []
     for length in (6, 24):
-        beta = crpo.OFFICIAL_BETA * length * 4
+        beta = losses.OFFICIAL_BETA * length * 4
         errors = torch.tensor([[3.0, 5.0, 3.5, 4.5]]).T / (length * 4)          # sums over L x C: 3, 5, ...
         found.append(losses.dpo_fm_loss(*errors, beta=beta)[0].item())
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-    assert crpo.OFFICIAL_BETA * 645 * 64 == pytest.approx(2000) and round(crpo.OFFICIAL_BETA * 64 * 48) == 149
+    assert losses.OFFICIAL_BETA * 645 * 64 == pytest.approx(2000) and round(losses.OFFICIAL_BETA * 64 * 48) == 149
 
 
 # ----------------------------------------------------------------------------- GRPO
@@ -159,7 +168,9 @@ def test_a_path_follows_from_its_start_alone_and_its_last_step_has_no_noise():
     assert torch.equal(whole[1:2], noisy_path(gaussian_flow(0.5), start[1:2], schedule(5), 0.7))
     _, deviation = noisy_step(start, start, torch.tensor(0.2), torch.tensor(0.0), 0.7)
     assert deviation == 0
-    t = torch.tensor([0.999, 0.61, 0.05])
+    assert noisy_step(start, start, torch.tensor(1.0), torch.tensor(0.9), 0.7)[1] == pytest.approx(0.7)
+    assert noisy_step(start, start, torch.tensor(0.8), torch.tensor(0.7), 0.7)[1] == pytest.approx(0.7 * (4 * 0.1) ** 0.5)
+    t = torch.tensor([0.999, 0.61, 0.001])                                      # of the four steps with noise
     xt, after, began = path_step(whole, t)
     assert torch.equal(xt[0], whole[0, 0]) and torch.equal(after[1], whole[1, 2])
     assert torch.allclose(began, torch.tensor([1.0, 0.8, 0.4])) and torch.equal(xt[2], whole[2, 3])
@@ -182,6 +193,8 @@ def test_grpos_ratio_is_1_at_first_and_its_gradient_that_of_the_policy():
     far = gradient("grpo", old - 1000 * wanted, old, xt, target, t, A)          # clipped: what is rewarded rests
     assert far.abs().sum() < wanted.abs().sum()
     assert not gradient("grpo", old, old, xt, target, t, 0 * A).any()
+    kl = gradient("grpo", old + 0.1, old, xt, target, t, 0 * A, HOW._replace(kl_weight=1.0))
+    assert (kl > 0).all()                                                       # downhill is back to old
 
 
 # ----------------------------------------------------------------------------- wiring
@@ -201,7 +214,7 @@ def test_groups_hold_all_clips_of_prompts_that_differ():
 
 @pytest.mark.parametrize("loss", ["nft", "dgpo", "awm", "grpo"])
 def test_every_loss_runs_resumes_and_learns_from_all_clips(claps, tmp_path, loss):      # noqa: F811
-    more = {"loss": loss, "pull": 0.01, "iterations": 1, "epochs": 1, "steps": 3, "learning_rate": 1e-3}
+    more = {"loss": loss, "kl_weight": 0.01, "iterations": 1, "epochs": 1, "steps": 3, "learning_rate": 1e-3}
     numbers = run(claps, tmp_path / "a", **more)
     assert "iteration 1" in numbers and not (tmp_path / "a" / "iteration_1" / "pairs.jsonl").exists()
     folder = tmp_path / "a" / "iteration_1"
@@ -215,3 +228,87 @@ def test_every_loss_runs_resumes_and_learns_from_all_clips(claps, tmp_path, loss
     (folder / "heard.safetensors").unlink()
     run(claps, tmp_path / "a", **more)                                          # what is there is kept
     assert "drift" in read_json(folder / "report.json")
+
+
+@pytest.mark.parametrize("loss", GROUPED)
+def test_a_preference_is_learned_from_all_clips(tmp_path, loss):
+    """Good clips on one side of zero, bad ones on the other, as test_crpo.py's winners and losers."""
+    rows, pairs = opposite_sides(0)
+    clips = torch.stack([pairs["winner_mean"], pairs["loser_mean"]], 1)         # (P, 2, L, C)
+    tensors = {"clips": clips, "advantage": torch.tensor([1.0, -1]).expand(8, 2)}
+    if loss != "dgpo":                                                          # a clip in a row
+        tensors = {"clips": clips.flatten(0, 1)[:, None], "advantage": tensors["advantage"].reshape(16, 1)}
+        rows = [row for row in rows for _ in range(2)]
+    how = settings(loss=loss, learning_rate=4e-3, epochs=12, beta=20.0)
+    report = crpo.optimise(tmp_path, MODEL, rows, tensors, *how, 0, "report", CPU)
+    assert report["accuracy"] >= 0.95 and report["winner"] < report["reference_winner"], report
+    assert report["loser"] > report["reference_loser"]
+
+
+def test_each_row_keeps_its_own_prompt_seconds_clips_and_advantages():
+    number = torch.arange(5.0)
+    data = {"hidden": number[:, None, None].expand(5, 3, 8), "mask": torch.ones(5, 3).bool(), "text": torch.arange(5),
+            "duration": number, "advantage": torch.stack([number, number + 0.5], 1)}
+    data |= {"mean": torch.stack([number, number + 0.5], 1)[:, :, None, None].expand(5, 2, 4, 2), "std": torch.zeros(5, 2, 4, 2)}
+    batch, A = crpo.draw_rows(data, range(3, 7), settings()[0], 0, CPU)
+    own = batch.x1[:4, 0, 0]
+    assert len(set(own.tolist())) > 2 and torch.equal(batch.x1[4:, 0, 0], own + 0.5)
+    assert torch.equal(A, torch.stack([own, own + 0.5], 1))
+    for each in (batch.hidden[:, 0, 0], batch.duration):
+        assert torch.equal(each, own.repeat(2))
+
+
+def test_the_policy_of_grpo_is_the_one_that_made_the_paths(claps, tmp_path, monkeypatch):       # noqa: F811
+    """Guided, under the prompt: what a step added to its mean is standard noise."""
+    seen, original = [], losses.LOSSES["grpo"]
+
+    def spy(velocity, old, xt, target, t, A, how):
+        t = t[:, None, None]
+        mean, deviation = noisy_step(old, xt, t, t - 1 / how.steps, how.sde_noise)
+        seen.append(((target - mean) / deviation).flatten())
+        return original(velocity, old, xt, target, t[:, 0, 0], A, how)
+    monkeypatch.setitem(losses.LOSSES, "grpo", spy)
+    run(claps, tmp_path / "a", loss="grpo", iterations=1, epochs=2, steps=4, guidance_scale=3.0)
+    noises = torch.cat(seen)
+    assert abs(noises.mean()) < 0.05 and abs(noises.std() - 1) < 0.03
+
+
+def test_pair_loss_has_dpo_alone_and_holds_the_loser_back():
+    old, xt, target, t, A = inputs(rows=6, count=2)
+    how = HOW._replace(loss="crpo", safeguard=None)
+    values = [losses.pair_loss(old, old, xt, target, t, A, how._replace(loss=name))[0].item() for name in ("crpo", "dpo")]
+    winner = losses.errors(old, target)[:6].mean().item()
+    assert values[1] == pytest.approx(np.log(2), rel=1e-6) and values[0] == pytest.approx(np.log(2) + winner, rel=1e-6)
+    free, held = (gradient("dpo", old, old, xt, target, t, A, how._replace(safeguard=mu)) for mu in (None, 0.9))
+    assert torch.equal(free[:6], held[:6]) and held[6:].norm() < free[6:].norm()        # losers alone
+
+
+def test_defaults_follow_from_the_loss_and_the_size(capsys):
+    none = settings()[0]._replace(kl_weight=None)
+    kinds = {name: losses.with_defaults(none._replace(loss=name), 64, 48) for name in losses.LOSSES}
+    assert round(kinds["crpo"].beta) == round(kinds["dpo"].beta) == 149 and round(kinds["dgpo"].beta, 1) == 4.7
+    assert [kinds[name].kl_weight for name in ("crpo", "nft", "awm", "grpo")] == [0, 0, 1.0, 0.04]
+    assert kinds["grpo"].dropout == 0 and kinds["grpo"].t_distribution == "uniform" and kinds["nft"].dropout == 0.1
+    assert losses.with_defaults(none._replace(reduction="sum"), 64, 48).beta == losses.OFFICIAL_BETA
+    assert losses.with_defaults(none._replace(beta=7.0), 64, 48).beta == 7 and "0.0242 per squared" in capsys.readouterr().out
+
+
+def test_losses_refuse_what_they_cannot_learn_from(claps, tmp_path):                    # noqa: F811
+    for more, what in (({"loss": "nft", "pairs": "x.json"}, "--pairs has no clips to shuffle or to group"),
+                       ({"shuffle": True, "pairs": "x.json"}, "--pairs has no clips to shuffle"),
+                       ({"loss": "grpo", "offline": True}, "--loss grpo needs new paths in each iteration"),
+                       ({"loss": "grpo", "steps": 1}, "of 2 steps or more")):
+        refused(what, run, claps, tmp_path / "x", **more)
+
+
+def test_a_reward_of_a_file(claps, tmp_path):                                           # noqa: F811
+    code = "import torch\ndef dark(audios, rate, prompts):\n    return [-float(a.diff().abs().mean()) for a in audios]\n"
+    (tmp_path / "mine.py").write_text(code + "def one(*_):\n    return 1.0\ndef bad(*_):\n    raise KeyError('x')\n")
+    mine = str(tmp_path / "mine.py")
+    run(claps, tmp_path / "a", reward=f"{mine}:dark", iterations=1, epochs=1)
+    scored = read_jsonl(tmp_path / "a" / "iteration_1" / "scores.jsonl")
+    assert all(row["reward"] < 0 for row in scored)
+    for name, what in (("one", "its scores of 2 clips are"), ("bad", "must give a number"), ("none", "must define none")):
+        refused(what, run, claps, tmp_path / name, reward=f"{mine}:{name}", iterations=1)
+    (tmp_path / "mine.py").write_text(code + "\n")
+    refused("was started with ears", run, claps, tmp_path / "a", reward=f"{mine}:dark", iterations=1, epochs=1)

@@ -206,7 +206,8 @@ class World:
     weak: float = 0.0       # share of the captions that are false in one thing, as on the web
 
     def settings(self):
-        """What decides the scenes, for cache keys; "weak", "events" only if not as they were."""
+        """What decides the scenes, for cache keys, so that older caches stay valid: "weak"
+        unless 0, "events" unless the first table."""
         table = derive_seed(*EVENT_NAMES)
         settings = {"world": 1, **asdict(self), "relations": list(self.relations)}
         if not self.weak:
@@ -225,8 +226,7 @@ class World:
             return rng.permutation(rng.choice(unseen_pairs())).tolist()
         while True:
             names = rng.permutation(EVENT_NAMES)[:number].tolist()
-            unseen = any(set(names).issuperset(pair) for pair in unseen_pairs())
-            if self.pairs == "all" or not unseen:
+            if self.allowed(names):
                 return names
 
     def draw_count(self, rng, name, seconds):
@@ -254,10 +254,24 @@ class World:
         scene = Scene(index, prompt, relation, laid_out(asked, times), duration)
         if rng.random() < self.degraded:
             scene.degradation = str(rng.choice(DEGRADATIONS)), round(rng.random(), 4)
-        rng = self.rng(index, "weak")
-        if rng.random() < self.weak:            # the prompt lies, the events stay the truth
-            scene.prompt = caption(rng, *almost(rng, relation, asked))
+        if self.weak:
+            scene.prompt = self.weak_caption(scene)
         return scene
+
+    def weak_caption(self, scene):
+        """The prompt of a scene, or, in a share `weak`, a false one of names that may meet."""
+        rng = self.rng(scene.index, "weak")
+        if rng.random() >= self.weak:
+            return scene.prompt
+        while True:
+            relation, events = almost(rng, scene.relation, scene.asked)
+            if self.allowed(dict(events)):
+                return caption(rng, relation, events)
+
+    def allowed(self, names):
+        """Whether scenes of this world may hold these events together."""
+        unseen = any(set(names).issuperset(pair) for pair in unseen_pairs())
+        return self.pairs != "seen" or not unseen
 
     def render(self, index):
         """-> (audio float32 (65536,) in [-1, 1], Scene with strikes), always the same."""
