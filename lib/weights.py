@@ -194,7 +194,7 @@ def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*"))
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UserError(f"{name} is a file; pass the folder that holds it")
+        raise UserError(f"{name} is a file; pass the model folder that holds it")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():
         raise UserError(f"{name} is missing; pass the model folder, or a hub id owner/name")
     return fetch(str(name), list(files))

@@ -11,8 +11,6 @@ from test_train_fm import of_scored, of_tiny, parts_and_data, state_of, tiny  # 
 
 import crpo
 import evaluate
-import ranker
-import reward
 import sample
 import train_fm
 import vae
@@ -21,6 +19,7 @@ from lib.common import generator, read_jsonl, write_jsonl
 from lib.mel import MelVAE
 from lib.weights import Muon, copy_weights, load_tensors, save_tensors, trainable
 from model import load_model
+from ranker import Ranker, as_mono, ranknet_loss
 from world import train_clap, train_ranker, votes as poll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -295,7 +294,7 @@ def test_a_ranker_keeps_its_best_epoch_and_knows_the_clips_of_the_training_votes
     votes.preference[:] = np.random.default_rng(0).integers(0, 2, 600)  # nothing to learn: it overfits
     ranker, log = train_ranker.fit(features, votes, parts, train_ranker.Fit((64,), 0.0, 12, 32, 3e-2, 0.0, 0))
     a, b = ranker.utility(features).detach()[np.stack([votes.a, votes.b])[:, parts[1]]]
-    held = ranker.ranknet_loss(a, b, torch.from_numpy(votes.preference[parts[1]])).item()
+    held = ranknet_loss(a, b, torch.from_numpy(votes.preference[parts[1]])).item()
     assert held == pytest.approx(min(row["validation"] for row in log), rel=1e-4) and log[-1]["validation"] > 1.01 * held
     training = np.unique(np.stack([votes.a, votes.b])[:, parts[0]])
     for ours, known in ((ranker.mean, features[training].mean(0)), (ranker.std, features[training].std(0))):
@@ -307,7 +306,7 @@ def test_clips_are_heard_as_the_mean_of_their_channels_up_to_their_duration():
     wave = torch.sin(torch.pi / 2 * torch.arange(400) + torch.pi / 4)[None]     # its samples reach 0.71, it reaches 1
     assert wave.abs().max() < 0.708 and audio.true_peak(wave, 16000) == pytest.approx(1, abs=0.02)
     stereo = torch.tensor([[1.0, 3.0], [3.0, -3.0]])
-    assert [clip.tolist() for clip in ranker.as_mono([stereo, stereo[0]], 16000, 16000)] == [[2, 0], [1, 3]]
+    assert [clip.tolist() for clip in as_mono([stereo, stereo[0]], 16000, 16000)] == [[2, 0], [1, 3]]
     assert evaluate.as_clips(SimpleNamespace(sampling_rate=16000), [stereo, stereo[:1]], samples=3).tolist() == [[2, 0, 0], [1, 3, 0]]
     heard, asked = [], [evaluate.Asked("rain", 0.5), evaluate.Asked("wind", 1.0)]
     clap = SimpleNamespace(embed_audio=lambda audios, rate: heard.extend(map(len, audios)) or torch.eye(2),
@@ -315,7 +314,7 @@ def test_clips_are_heard_as_the_mean_of_their_channels_up_to_their_duration():
                            scores=lambda audios, rate, prompts: torch.tensor([float(len(audio)) for audio in audios]))
     found = evaluate.Judges.judge(SimpleNamespace(clap=clap, reward=clap), torch.ones(2, 100), asked, 100)
     assert heard == found["reward"].tolist() == [50, 100] and found["judge"].tolist() == [0.25, 0.5]
-    ranker = ranker.Ranker(2, (4,)).eval()
+    ranker = Ranker(2, (4,)).eval()
     ranker.std *= 2
     assert torch.equal(ranker(torch.tensor([[1e6, -1e6]])), ranker(torch.tensor([[12.0, -12.0]])))
 

@@ -350,7 +350,7 @@ def test_parts_may_live_elsewhere(tmp_path):
     for wrong in (["vae"], "flow", 3, None, {"vae": {}}, {"vae": "a\0b"}, {"vae": "x" * 300}):
         (tmp_path / "a" / "config.json").write_text(json.dumps({"references": wrong}))
         refused("references map a part", resolve, tmp_path / "a", "vae")
-    for name, message in ((tmp_path / "a" / "config.json", "is a file; pass the folder"), ("not a hub id", "is missing")):
+    for name, message in ((tmp_path / "a" / "config.json", "is a file; pass the model folder"), ("not a hub id", "is missing")):
         refused(message, model_folder, name)
     for name in ("iteration_1", "iteration_2"):
         (tmp_path / "a" / name).mkdir()
