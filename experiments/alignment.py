@@ -250,41 +250,48 @@ def room(args, judges, device):
 
 def methods(args, judges, device):
     """Every loss, `iterations` times from the same base, over seeds: means, bands, intervals."""
-    runs, curves = {name: [] for name in args.losses}, {name: [] for name in args.losses}
+    runs = {name: [] for name in args.losses}           # {loss: [(folder, judged sets) of a seed]}
     for seed in args.seeds:
-        first = None
+        first = None                                    # whose first candidates the others take
         for name in args.losses:
             folder = Path(args.runs) / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-            how = METHODS[name]
-            if first and how["loss"] != "grpo":         # whose candidates are paths
+            has_paths = METHODS[name]["loss"] == "grpo"
+            if first and not has_paths:
                 share_candidates(first, folder)
             crpo.run(f"methods: {folder.name}", out=str(folder), checkpoint=args.base, seed=seed,
-                     iterations=args.iterations, **settings_of(args, **how))
-            if how["loss"] != "grpo":
+                     iterations=args.iterations, **settings_of(args, **METHODS[name]))
+            if not has_paths:
                 first = first or folder
             runs[name].append((folder, judged_sets(folder, args.iterations)))
 
-    # a row for each loss: all seeds' last iterations against the base; where it begins to hack
-    last, changes, rows = f"iteration {args.iterations}", {}, []
+    # all seeds' last iterations against the base, what training cost, where hacking begins
+    last, changes, rows, curves = f"iteration {args.iterations}", {}, [], {}
     for name, seeds in runs.items():
-        real, base = seeds[0][1]["real"], seeds[0][1]["base"]
-        changes[name] = gains([found[last] for _, found in seeds], [base], real, args.draws)
-        reports = [read_json(folder / f"iteration_{args.iterations}" / "report.json")
-                   for folder, _ in seeds]
-        minutes = [read_jsonl(folder / f"iteration_{k}" / "log.jsonl")[-1]["minutes"]
-                   for folder, _ in seeds for k in range(1, args.iterations + 1)]
-        drift = np.mean([report.get("drift", np.nan) for report in reports])
-        change = [report["winner"] / report["reference_winner"] if "winner" in report else np.nan
-                  for report in reports]
-        rows.append([name, number(sum(minutes) / len(seeds), 1), number(drift, 4),
-                     number(np.mean(change), 3), hacks(seeds, args.iterations)])
-        for k in range(args.iterations + 1):
-            key = f"iteration {k}" if k else "base"
-            curves[name].append([summary(found[key], real) for _, found in seeds])
-    real = summary(real, real)
+        _, sets = seeds[0]
+        aligned = [judged[last] for _, judged in seeds]
+        changes[name] = gains(aligned, [sets["base"]], sets["real"], args.draws)
+        costs = np.array([training_cost(folder, args.iterations) for folder, _ in seeds])
+        minutes, drift, ratio = costs.mean(0)
+        rows.append([name, number(minutes, 1), number(drift, 4), number(ratio, 3),
+                     hacks(seeds, args.iterations)])
+        curves[name] = []
+        for key in list(sets)[1:]:                      # base, iteration 1, ...
+            curves[name].append([summary(judged[key], sets["real"]) for _, judged in seeds])
+    real = summary(sets["real"], sets["real"])
     draw_curves(Path(args.out) / "methods.png", curves, args.prompts * args.num_samples, real)
     heads = ["loss", "minutes of training", "drift", "winners' error, ratio", "hacks from"]
     return [markdown(heads, rows), change_table(changes)], {"changes": changes, "curves": curves}
+
+
+def training_cost(folder, iterations):
+    """Minutes of a run's training, and of its last iteration the drift |v - old|^2 and the winners'
+    error over the reference's; NaN where a loss has none."""
+    minutes = 0.0
+    for k in range(1, iterations + 1):
+        minutes += read_jsonl(folder / f"iteration_{k}" / "log.jsonl")[-1]["minutes"]
+    report = read_json(folder / f"iteration_{iterations}" / "report.json")
+    ratio = report.get("winner", np.nan) / report.get("reference_winner", np.nan)
+    return minutes, report.get("drift", np.nan), ratio
 
 
 def hacks(seeds, iterations):
@@ -357,11 +364,22 @@ def guidance(args, judges, device):
 SHARES = ("judge", "exact", "order", "f1", "count")
 
 
-def share(name, found, real, rows):
+def share(name, models, real, rows):
     """(aligned - base) / (clean - base) of a measure, over some rows of the prompts."""
-    aligned, base, clean = [measure(name, found[key], real, rows)
-                            for key in ("aligned", "base", "clean")]
+    base = measure(name, models["base"], real, rows)
+    aligned = measure(name, models["aligned"], real, rows)
+    clean = measure(name, models["clean"], real, rows)
     return (aligned - base) / (clean - base)
+
+
+def judged_models(judges, folders, scenes, sampler, device):
+    """[judged arrays of each model], with "second": the tally of the other tagger."""
+    judged = []
+    for folder in folders:
+        clips, _ = sampled(load_model(folder, device), scenes, sampler)
+        second = tally_all(hear(judges.ear, clips), scenes)
+        judged.append({**judges.judge(clips, scenes), "second": second})
+    return judged
 
 
 def recovered(args, judges, device):
@@ -371,42 +389,39 @@ def recovered(args, judges, device):
         raise UserError("--clean must name the model that learned from true captions, not the base")
     clips, scenes = render_clips(World("test", pairs="unseen"), range(args.prompts))
     real = judges.judge(clips, scenes)
-    second = {"real": tally_all(hear(judges.ear, clips), scenes)}       # by the other tagger
-    sources = {"base": [args.base], "clean": [args.clean], "aligned": args.aligned,
-               "control": args.control}
-    found = {kind: [] for kind in sources}
-    rows = [["real", *cells(summary(real, real))]]
-    for kind, folders in sources.items():
-        scale = args.scales[0] if kind in ("base", "clean") else args.scales[1]
-        sampler = Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
-        heard = []
-        for place, folder in enumerate(folders):
-            clips, _ = sampled(load_model(folder, device), scenes, sampler)
-            found[kind].append(judges.judge(clips, scenes))
-            heard.append(tally_all(hear(judges.ear, clips), scenes))
-            rows.append([f"{kind} {place}", *cells(summary(found[kind][-1], real))])
-        second[kind] = sum(heard) if heard else []
+    samplers = [Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
+                for scale in args.scales]
+    models = {"base": judged_models(judges, [args.base], scenes, samplers[0], device),
+              "clean": judged_models(judges, [args.clean], scenes, samplers[0], device),
+              "aligned": judged_models(judges, args.aligned, scenes, samplers[1], device),
+              "control": judged_models(judges, args.control, scenes, samplers[1], device)}
 
-    # differences, what is recovered, and what the second tagger says
-    pairs = {"aligned - base": ("aligned", "base"), "control - base": ("control", "base"),
-             "aligned - control": ("aligned", "control"), "clean - base": ("clean", "base")}
+    # every model, and what the second tagger hears
+    rows, others = [["real", *cells(summary(real, real))]], []
+    for kind, sets in models.items():
+        for place, judged in enumerate(sets):
+            rows.append([f"{kind} {place}", *cells(summary(judged, real))])
+            heard = scores(judged["second"])
+            others.append([f"{kind} {place}", *[number(heard[name], 3) for name in SHARES[1:]]])
+
+    # differences, and what is recovered
+    pairs = (("aligned", "base"), ("control", "base"), ("aligned", "control"), ("clean", "base"))
     changes = {}
-    for name, (ours, theirs) in pairs.items():
-        if found[ours] and found[theirs]:
-            changes[name] = gains(found[ours], found[theirs], real, args.draws, args.seed)
-    shares = {}
+    for ours, theirs in pairs:
+        if models[ours] and models[theirs]:
+            changes[f"{ours} - {theirs}"] = gains(models[ours], models[theirs], real, args.draws,
+                                                  args.seed)
+    shares, table = {}, []
     for name in SHARES:
-        of_rows = partial(share, name, found, real)
-        low, high = bootstrap(of_rows, args.prompts, args.draws, args.seed)
-        shares[name] = [float(of_rows(np.arange(args.prompts))), low, high]
+        share_of = partial(share, name, models, real)
+        low, high = bootstrap(share_of, args.prompts, args.draws, args.seed)
+        shares[name] = [float(share_of(np.arange(args.prompts))), low, high]
+        table.append([MEASURES[name], *[number(value, 2) for value in shares[name]]])
     heads = ["recovered: (aligned - base) / (clean - base)", "share", "95 %: from", "to"]
-    table = [[MEASURES[name], *[number(value, 2) for value in values]]
-             for name, values in shares.items()]
-    other = [[kind, *[number(scores(rows)[name], 3) for name in SHARES[1:]]]
-             for kind, rows in second.items() if np.size(rows)]
-    return [tables(["clips", *HEADS], rows), change_table(changes), markdown(heads, table),
-            "By the second tagger:", markdown(["clips", *[MEASURES[n] for n in SHARES[1:]]], other)
-            ], {"changes": changes, "recovered": shares, "second tagger": other}
+    other_heads = ["clips, by the second tagger", *[MEASURES[name] for name in SHARES[1:]]]
+    paragraphs = [tables(["clips", *HEADS], rows), change_table(changes), markdown(heads, table),
+                  markdown(other_heads, others)]
+    return paragraphs, {"changes": changes, "recovered": shares, "second tagger": others}
 
 
 # ----------------------------------------------------------------------------- command line

@@ -141,7 +141,7 @@ def test_what_is_recovered(place, monkeypatch):  # noqa: F811
     flags += [word for name, model in models.items() for word in (f"--{name}", str(place / model))]
     text, numbers = run_alignment(place, monkeypatch, "recovered", *flags)
     assert set(numbers["changes"]) == {"aligned - base", "control - base", "aligned - control", "clean - base"}
-    assert numbers["changes"]["control - base"]["judge"][0] == 0 and "By the second tagger" in text
+    assert numbers["changes"]["control - base"]["judge"][0] == 0 and "by the second tagger" in text
 
 
 def test_a_paired_test_sees_a_difference_of_each_prompt():
