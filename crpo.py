@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import read_pairs, read_prompts
 from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
-                        choose_device, flag, generator, locked, parse_flags, pick, read_json,
+                        choose_device, flag, generator, parse_flags, pick, read_json,
                         read_jsonl, reading, relative_to_here, run_main, side_by_side,
                         stop_on_signal, whole_blocks, write_json, write_jsonl, write_report)
 from lib.fast import quicken
@@ -48,7 +48,8 @@ from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
 from lib.text import concat_conditions, null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
-                         save_state, save_tensors, set_rate, trainable, trim_log, update_average)
+                         run_folder, save_state, save_tensors, set_rate, trainable, trim_log,
+                         update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
 from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
 from sample import SOLVERS, Sampling, decode, default_duration, guide, sample_latents
@@ -389,8 +390,6 @@ def begin(path, command, flags, policy, judges):
     started = {"noise": NOISE}
     if path.is_file():
         started = read_json(path, dict)
-        if "ears" not in started:
-            raise UserError(f"{path.parent} holds another model or run; choose another --out")
         check_settings(path.parent, started, wanted)
     wanted["noise"] = started.get("noise", started.get("evaluation_seed"))  # of the first edition
     write_json(path, {"command": command, **wanted, "iterations": flags.iterations})
@@ -403,7 +402,7 @@ def run(command="crpo.run(...)", **settings):
         raise UserError("crpo.py is one process: start it by python crpo.py, without torchrun")
     args = parse_flags(__doc__, FLAGS, [], settings)
     out, device = Path(args.out), choose_device(args.device)
-    with locked(out):
+    with run_folder(out, "crpo.py"):
         judges = Judges(args.reward, args.judge, args.tagger, device)
         sampler = sampler_of(args)
         candidates = sampler

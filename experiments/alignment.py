@@ -48,6 +48,8 @@ METHODS = {
     "nft control": {"loss": "nft", "shuffle": True, **ALL}}
 REWARDS = ("clap", "truth", "shuffled")
 
+SHARED = ("prompts", "num_samples", "eval_prompts", "steps", "guidance_scale", "reward", "judge",
+          "tagger", "device")
 COMMON = {name: FLAGS[name] for name in ("who judges", "run")}
 LOOP = [flag("--prompts", 320, "M, prompts of an iteration", 2),
         flag("--num_samples", 8, "N, clips of each", 2),
@@ -204,81 +206,70 @@ def judged_sets(folder, iterations):
     return {name: read_judged(path) for name, path in paths.items()}
 
 
-def settings_of(args, **more):
-    """Settings of crpo.py that all runs of a command share."""
-    names = ("prompts", "num_samples", "eval_prompts", "steps", "guidance_scale", "reward",
-             "judge", "tagger", "device")
-    return {**{name: getattr(args, name) for name in names}, "save_clips": 256, **more}
-
-
-def room(args, judges, device):
+def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, draws, seed, **_):
     """Bases, rewards and betas: the room of each, and what one iteration makes of it."""
-    scenes = render_clips(World("val", pairs="all"), range(args.prompts))[1]
-    sampling = Sampling(args.steps, args.guidance_scale)
-    sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
+    scenes = render_clips(World("val", pairs="all"), range(loop["prompts"]))[1]
+    count = loop["num_samples"]
     rooms, changes, rows = {}, {}, []
-    for base in args.bases:
+    for base in bases:
         name = short_name(base)
-        candidates = candidates_of(judges, load_model(base, device), scenes, args.num_samples,
-                                   sampler)
-        rooms[name] = room_of(candidates, args.num_samples)
-        first = Path(args.runs) / f"{name}_clap_{args.betas[0]:g}"
-        for reward in sorted(set(args.rewards) | {"clap"}, key=REWARDS.index):    # the clap samples
-            for beta in args.betas:
-                folder = Path(args.runs) / f"{name}_{reward}_{beta:g}"
-                if folder != first:
-                    rewards = None
-                    if reward == "truth":
-                        rewards = true_rewards(first, base, args.tagger, device)
-                    share_candidates(first, folder, rewards)
-                settings = settings_of(args, checkpoint=base, iterations=1, beta=beta,
-                                       seed=args.seed, **PAIRED)
-                crpo.run(f"room: {folder.name}", out=str(folder), shuffle=reward == "shuffled",
-                         **settings)
-                found = judged_sets(folder, 1)
+        model = load_model(base, device)
+        rooms[name] = room_of(candidates_of(judges, model, scenes, count, sampler), count)
+        first = Path(runs) / f"{name}_clap_{betas[0]:g}"
+        for reward in sorted({*rewards, "clap"}, key=REWARDS.index):    # that one samples
+            for beta in betas:
+                folder = Path(runs) / f"{name}_{reward}_{beta:g}"
+                if reward == "truth":
+                    share_candidates(first, folder, true_rewards(first, base, tagger, device))
+                elif folder != first:
+                    share_candidates(first, folder)
+                crpo.run(f"room: {folder.name}", out=str(folder), checkpoint=base, iterations=1,
+                         seed=seed, beta=beta, shuffle=reward == "shuffled", **loop, **PAIRED)
+                sets = judged_sets(folder, 1)
+                real = sets.pop("real")
                 if folder == first:
-                    rows += [[f"{name}: {key}", *cells(summary(found[key], found["real"]))]
-                             for key in ("real", "base")]
+                    rows.append([f"{name}: real", *cells(summary(real, real))])
+                    rows.append([f"{name}: base", *cells(summary(sets["base"], real))])
                 label = f"{name}, {reward}, beta {beta:g}"
-                rows.append([label, *cells(summary(found["iteration 1"], found["real"]))])
-                changes[label] = gains([found["iteration 1"]], [found["base"]], found["real"],
-                                       args.draws, args.seed)
-    table, numbers = room_table(rooms, args.draws)
-    return [table, tables(["clips", *HEADS], rows), change_table(changes)], {
-        "room": numbers, "changes": changes}
+                aligned = sets["iteration 1"]
+                rows.append([label, *cells(summary(aligned, real))])
+                changes[label] = gains([aligned], [sets["base"]], real, draws, seed)
+    table, numbers = room_table(rooms, draws)
+    paragraphs = [table, tables(["clips", *HEADS], rows), change_table(changes)]
+    return paragraphs, {"room": numbers, "changes": changes}
 
 
-def methods(args, judges, device):
+def methods(loop, base, losses, iterations, seeds, runs, draws, out, **_):
     """Every loss, `iterations` times from the same base, over seeds: means, bands, intervals."""
-    runs = {name: [] for name in args.losses}           # {loss: [(folder, judged sets) of a seed]}
-    for seed in args.seeds:
+    finished = {name: [] for name in losses}            # {loss: [(folder, judged sets) of a seed]}
+    for seed in seeds:
         first = None                                    # whose first candidates the others take
-        for name in args.losses:
-            folder = Path(args.runs) / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+        for name in losses:
+            folder = Path(runs) / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
             has_paths = METHODS[name]["loss"] == "grpo"
             if first and not has_paths:
                 share_candidates(first, folder)
-            crpo.run(f"methods: {folder.name}", out=str(folder), checkpoint=args.base, seed=seed,
-                     iterations=args.iterations, **settings_of(args, **METHODS[name]))
+            crpo.run(f"methods: {folder.name}", out=str(folder), checkpoint=base, seed=seed,
+                     iterations=iterations, **loop, **METHODS[name])
             if not has_paths:
                 first = first or folder
-            runs[name].append((folder, judged_sets(folder, args.iterations)))
+            finished[name].append((folder, judged_sets(folder, iterations)))
 
     # all seeds' last iterations against the base, what training cost, where hacking begins
-    last, changes, rows, curves = f"iteration {args.iterations}", {}, [], {}
-    for name, seeds in runs.items():
-        _, sets = seeds[0]
-        aligned = [judged[last] for _, judged in seeds]
-        changes[name] = gains(aligned, [sets["base"]], sets["real"], args.draws)
-        costs = np.array([training_cost(folder, args.iterations) for folder, _ in seeds])
+    last, changes, rows, curves = f"iteration {iterations}", {}, [], {}
+    for name, runs_of in finished.items():
+        _, sets = runs_of[0]
+        aligned = [judged[last] for _, judged in runs_of]
+        changes[name] = gains(aligned, [sets["base"]], sets["real"], draws)
+        costs = np.array([training_cost(folder, iterations) for folder, _ in runs_of])
         minutes, drift, ratio = costs.mean(0)
         rows.append([name, number(minutes, 1), number(drift, 4), number(ratio, 3),
-                     hacks(seeds, args.iterations)])
+                     hacks(runs_of, iterations)])
         curves[name] = []
         for key in list(sets)[1:]:                      # base, iteration 1, ...
-            curves[name].append([summary(judged[key], sets["real"]) for _, judged in seeds])
+            curves[name].append([summary(judged[key], sets["real"]) for _, judged in runs_of])
     real = summary(sets["real"], sets["real"])
-    draw_curves(Path(args.out) / "methods.png", curves, args.prompts * args.num_samples, real)
+    draw_curves(Path(out) / "methods.png", curves, loop["prompts"] * loop["num_samples"], real)
     heads = ["loss", "minutes of training", "drift", "winners' error, ratio", "hacks from"]
     return [markdown(heads, rows), change_table(changes)], {"changes": changes, "curves": curves}
 
@@ -294,11 +285,11 @@ def training_cost(folder, iterations):
     return minutes, report.get("drift", np.nan), ratio
 
 
-def hacks(seeds, iterations):
+def hacks(runs, iterations):
     """The first iteration in which the reward rose and the judge fell, of any seed; "-": none."""
     names = ["base", *[f"iteration {k}" for k in range(1, iterations + 1)]]
     for k in range(1, iterations + 1):
-        for _, sets in seeds:
+        for _, sets in runs:
             if fooled(sets[names[k - 1]], sets[names[k]]):
                 return names[k]
     return "-"
@@ -309,7 +300,10 @@ def draw_curves(path, curves, clips, real):
     with picture(path, 5.5, 4, 2) as axes:
         for axis, name in zip(axes or [], ("judge", "exact")):
             for loss, points in curves.items():
-                values = np.array([[found[name] for found in seeds] for seeds in points])
+                values = []                             # (iterations + 1, S)
+                for seeds in points:
+                    values.append([found[name] for found in seeds])
+                values = np.array(values)
                 x = np.arange(len(values)) * clips
                 line, = axis.plot(x, values.mean(1), marker="o", label=loss)
                 axis.fill_between(x, values.min(1), values.max(1), alpha=0.2,
@@ -321,42 +315,46 @@ def draw_curves(path, curves, clips, real):
 
 # ----------------------------------------------------------------------------- guidance
 
-def guidance(args, judges, device):
+def at(sampler, scale):
+    """The sampler at another guidance scale."""
+    return sampler._replace(sampling=sampler.sampling._replace(guidance_scale=scale))
+
+
+def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
     """Each model over guidance scales: judge and exact scenes against the Frechet distance."""
-    clips, scenes = render_clips(World("test", pairs="unseen"), range(args.prompts))
+    clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
     found = {"real": judges.judge(clips, scenes)}
     rows, fronts = [], {}
-    for source in args.models:
+    for source in models:
         model, name = load_model(source, device), short_name(source)
-        for scale in args.scales:
-            sampler = Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
+        for scale in scales:
             key = f"{name} at {scale:g}"
-            found[key] = judges.judge(sampled(model, scenes, sampler)[0], scenes)
+            found[key] = judges.judge(sampled(model, scenes, at(sampler, scale))[0], scenes)
             front = summary(found[key], found["real"])
             fronts.setdefault(name, []).append(front)
             rows.append([key, *cells(front)])
-    with picture(Path(args.out) / "guidance.png", 5.5, 4, 2) as axes:
+    with picture(Path(out) / "guidance.png", 5.5, 4, 2) as axes:
         for axis, key in zip(axes or [], ("judge", "exact")):
             for name, points in fronts.items():
                 x = [point["frechet"] for point in points]
                 y = [point[key] for point in points]
                 axis.plot(x, y, marker="o", label=name)
-                for scale, *place in zip(args.scales, x, y):
+                for scale, *place in zip(scales, x, y):
                     axis.annotate(f"{scale:g}", place, fontsize=7)
             axis.set(xlabel="Frechet distance", ylabel=MEASURES[key])
             axis.legend()
     best = {}
     for name, points in fronts.items():
         judge = [point["judge"] for point in points]
-        best[name] = f"{name} at {args.scales[int(np.argmax(judge))]:g}"
+        best[name] = f"{name} at {scales[int(np.argmax(judge))]:g}"
     first, *others = best.values()
     changes = {}
     for key in others:
         changes[f"{key} against {first}"] = gains([found[key]], [found[first]], found["real"],
-                                                  args.draws)
+                                                  draws)
     note = "Each at its best guidance by the judge on these prompts; the choice widens no interval:"
-    return [tables(["clips", *HEADS], rows), note, change_table(changes)], {
-        "fronts": fronts, "changes": changes}
+    paragraphs = [tables(["clips", *HEADS], rows), note, change_table(changes)]
+    return paragraphs, {"fronts": fronts, "changes": changes}
 
 
 # ----------------------------------------------------------------------------- recovered
@@ -382,19 +380,19 @@ def judged_models(judges, folders, scenes, sampler, device):
     return judged
 
 
-def recovered(args, judges, device):
+def recovered(judges, device, sampler, base, clean, aligned, control, scales, prompts, draws, seed,
+              **_):
     """What lies between a base that learned from weak captions and one that learned from true
     ones, and how much of it is won back; beside it the control, whose rewards were shuffled."""
-    if args.clean in (None, args.base):
+    if clean in (None, base):
         raise UserError("--clean must name the model that learned from true captions, not the base")
-    clips, scenes = render_clips(World("test", pairs="unseen"), range(args.prompts))
+    clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
     real = judges.judge(clips, scenes)
-    samplers = [Sampler(Sampling(args.steps, scale), args.seed, args.batch_size, args.cache)
-                for scale in args.scales]
-    models = {"base": judged_models(judges, [args.base], scenes, samplers[0], device),
-              "clean": judged_models(judges, [args.clean], scenes, samplers[0], device),
-              "aligned": judged_models(judges, args.aligned, scenes, samplers[1], device),
-              "control": judged_models(judges, args.control, scenes, samplers[1], device)}
+    first, second = at(sampler, scales[0]), at(sampler, scales[1])
+    models = {"base": judged_models(judges, [base], scenes, first, device),
+              "clean": judged_models(judges, [clean], scenes, first, device),
+              "aligned": judged_models(judges, aligned, scenes, second, device),
+              "control": judged_models(judges, control, scenes, second, device)}
 
     # every model, and what the second tagger hears
     rows, others = [["real", *cells(summary(real, real))]], []
@@ -409,13 +407,12 @@ def recovered(args, judges, device):
     changes = {}
     for ours, theirs in pairs:
         if models[ours] and models[theirs]:
-            changes[f"{ours} - {theirs}"] = gains(models[ours], models[theirs], real, args.draws,
-                                                  args.seed)
+            changes[f"{ours} - {theirs}"] = gains(models[ours], models[theirs], real, draws, seed)
     shares, table = {}, []
     for name in SHARES:
         share_of = partial(share, name, models, real)
-        low, high = bootstrap(share_of, args.prompts, args.draws, args.seed)
-        shares[name] = [float(share_of(np.arange(args.prompts))), low, high]
+        low, high = bootstrap(share_of, prompts, draws, seed)
+        shares[name] = [float(share_of(np.arange(prompts))), low, high]
         table.append([MEASURES[name], *[number(value, 2) for value in shares[name]]])
     heads = ["recovered: (aligned - base) / (clean - base)", "share", "95 %: from", "to"]
     other_heads = ["clips, by the second tagger", *[MEASURES[name] for name in SHARES[1:]]]
@@ -426,13 +423,11 @@ def recovered(args, judges, device):
 
 # ----------------------------------------------------------------------------- command line
 
-def best_of_table(args, judges, device):
+def best_of_table(judges, device, sampler, checkpoint, counts, prompts, pairs, draws, **_):
     """Table 5 in small."""
-    real, scenes = render_clips(World("test", pairs=args.pairs), range(args.prompts))
-    sampling = Sampling(args.steps, args.guidance_scale, args.solver)
-    sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
-    model = load_model(args.checkpoint, device)
-    return best_of_counts(judges, model, scenes, real, args.counts, sampler, args.draws)
+    real, scenes = render_clips(World("test", pairs=pairs), range(prompts))
+    model = load_model(checkpoint, device)
+    return best_of_counts(judges, model, scenes, real, counts, sampler, draws)
 
 
 TABLES = {"best_of": best_of_table, "room": room, "methods": methods, "recovered": recovered,
@@ -444,7 +439,13 @@ def main(argv=None):
     check_writable(Path(args.out) / f"{args.command}.md", Path(args.cache) / "latents")
     device = choose_device(args.device)
     judges = Judges(args.reward, args.judge, args.tagger, device)
-    paragraphs, numbers = TABLES[args.command](args, judges, device)
+    flags = {"guidance_scale": 3.0, "solver": "euler", **vars(args)}
+    sampling = Sampling(flags["steps"], flags["guidance_scale"], flags["solver"])
+    sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
+    loop = {name: flags[name] for name in SHARED if name in flags}      # settings of crpo.py
+    paragraphs, numbers = TABLES[args.command](judges=judges, sampler=sampler,
+                                               loop={**loop, "save_clips": 256},
+                                               **{**flags, "device": device})
     command = shlex.join(sys.argv[1:] if argv is None else argv)
     title = COMMANDS[args.command][0]
     write_report(args.out, args.command, title[0].upper() + title[1:],

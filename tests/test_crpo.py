@@ -203,8 +203,7 @@ def test_other_code_in_the_middle_of_a_run_is_said(tmp_path, capsys):
     crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
     assert capsys.readouterr().err == ""                                        # once
     write_json(tmp_path / "config.json", {"num_layers": 2})                     # of a model that train_fm.py made
-    with pytest.raises(UserError, match="holds another model or run"):
-        crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
+    refused("holds another model or run", crpo.run, out=str(tmp_path))
     assert read_json(tmp_path / "config.json") == {"num_layers": 2}
 
 
