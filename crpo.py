@@ -149,7 +149,7 @@ def two_velocities(flow, reference, xt, t, condition, null=None, guidance_scale=
     for network in (flow, reference):
         velocity = network.velocity(xt, t, condition)
         if null is not None:
-            uncond, cond = velocity.chunk(2)
+            uncond, cond = velocity.chunk(2)                                    # (B, L, C) each
             velocity = guide(cond, uncond, guidance_scale)
         velocities.append(velocity)
     return velocities[0], velocities[1].detach()

@@ -196,7 +196,9 @@ def usable_pairs(rewards, per_prompt=1):
 
 
 def pairs_of(folder, scored, latents, count, per_prompt=1):
-    """pairs.jsonl, pairs.safetensors: best and worst of each prompt's `count` clips, and so on."""
+    """pairs.jsonl, pairs.safetensors: best and worst of each prompt's `count` clips, and so on.
+
+    scored: M N rows; latents (M N, L, C) -> P rows, {"winner_mean", "loser_mean": (P, L, C)}."""
     rewards = np.array([row["reward"] for row in scored]).reshape(-1, count)            # (M, N)
     prompts, best, worst = usable_pairs(rewards, per_prompt)                            # (P,) each
     places = {"winner": prompts * count + best, "loser": prompts * count + worst}
@@ -218,7 +220,8 @@ def shuffled(scored, count, seed):
 
 
 def groups_of(scored, latents, count, size):
-    """Rows and tensors of all clips of the prompts that make a pair, `size` of them in a row."""
+    """All clips of the prompts that make a pair, K = `size` of them in a row: M N scored rows,
+    latents (M N, L, C) -> P rows, {"clips": (P, K, L, C), "advantage": (P, K)}."""
     rewards = torch.tensor([row["reward"] for row in scored]).view(-1, count)           # (M, N)
     prompts, _, _ = usable_pairs(rewards)
     clips = latents.unflatten(0, rewards.shape)[prompts].flatten(0, 1)

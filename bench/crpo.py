@@ -27,7 +27,7 @@ from bench.official import Clock, comparison
 from lib.audio import fit_audio, read_audio, write_wav
 from lib.common import (BASE, check_writable, flag, markdown, parse_flags, pick, run_main,
                         write_report)
-from lib.losses import OFFICIAL_BETA, pair_loss
+from lib.losses import pair_loss, with_defaults
 from lib.text import concat_conditions, encode_prompts, null_condition
 from lib.weights import make_optimizer, set_rate, trainable
 from model import load_model
@@ -144,7 +144,8 @@ def main(argv=None):
     settings.train_steps = math.ceil(args.epochs * args.prompts / settings.batch_size)
     model, clap = load_model(args.checkpoint), load_clap(REWARD)
     config = model.flow.config
-    settings.beta = OFFICIAL_BETA * config["audio_seq_len"] * config["in_channels"]
+    loss = with_defaults(pick(crpo.Loss, settings), config["audio_seq_len"], config["in_channels"])
+    settings.beta = loss.beta
     longest = config["max_duration"]
     pool = crpo.prompt_pool(None, settings.pool, args.prompts, longest)
     ways = {f"ours, {settings.steps} steps": (ours, settings.steps)}

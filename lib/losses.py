@@ -35,7 +35,7 @@ def errors(velocity, target):
 
 
 def means(values):
-    """{name: tensor} -> {name: float}."""
+    """{name: tensor of any shape} -> {name: its mean, a float}."""
     return {name: value.detach().float().mean().item() for name, value in values.items()}
 
 
@@ -68,7 +68,7 @@ def safeguarded(loser, winner_miss, loser_miss, mu=0.9):
     winner's error by |g_w|^2 - s g_l.g_w, to first order: with this s by mu |g_w|^2 at least. That
     shared weights do the same is the paper's approximation."""
     dot = (winner_miss * loser_miss).flatten(1).sum(1)                          # (B,)
-    square = winner_miss.square().flatten(1).sum(1)
+    square = winner_miss.square().flatten(1).sum(1)                             # (B,)
     scale = torch.where(dot > 0, ((1 - mu) * square / dot).clamp(0, 1), 1.0).detach()
     return scale * loser + (1 - scale) * loser.detach()
 
@@ -128,7 +128,7 @@ def nft_loss(velocity, old, xt, target, t, A, settings):
     A = A.T.flatten()                                                           # (K B,)
     r = (0.5 + settings.advantage_slope * A).clamp(0, 1)
     old = old.float()
-    change = settings.nft_beta * (velocity.float() - old)                              # b (v - old)
+    change = settings.nft_beta * (velocity.float() - old)                       # b (v - old)
     positive = image_error(old + change, target, t)                             # (K B,)
     negative = image_error(old - change, target, t)
     kl = settings.kl_weight * errors(velocity, old)
@@ -151,7 +151,7 @@ def dgpo_loss(velocity, old, xt, target, t, A, settings):
 
 
 def awm_loss(velocity, old, xt, target, t, A, settings):
-    """A E, an error in the place of a negative log-likelihood; without a pull it has no bound."""
+    """A E, an error in the place of a negative log-likelihood; without a KL it has no bound."""
     A = A.T.flatten()                                                           # (K B,)
     kl = settings.kl_weight * errors(velocity, old)
     loss = A * errors(velocity, target) + kl
@@ -169,7 +169,7 @@ def noisy_step(velocity, x, t, t_next, noise):
     no bound, t_next stands for t in it; the last step, to t = 0, has no noise."""
     t, t_next = torch.as_tensor(t), torch.as_tensor(t_next)
     inner = torch.where(t >= 1, t_next, t)
-    sigma = noise * (t / (1 - inner)).sqrt() * (t_next > 0)
+    sigma = noise * (t / (1 - inner)).sqrt() * (t_next > 0)                     # as t
     x0_hat = x + (1 - t) * velocity                                             # (B, L, C)
     mean = x + (t_next - t) * (velocity + sigma ** 2 / (2 * t) * x0_hat)
     return mean, sigma * (t - t_next).sqrt()
@@ -183,7 +183,8 @@ def noisy_path(velocity_fn, x, ts, noise):
     path = [x]
     for t, t_next in pairwise(ts):
         mean, deviation = noisy_step(velocity_fn(x, t), x, t, t_next, noise)
-        fresh = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in rngs])
+        draws = [torch.randn(x.shape[1:], generator=rng) for rng in rngs]
+        fresh = torch.stack(draws)                                              # (B, L, C)
         x = mean + deviation * fresh.to(x)
         path.append(x)
     return torch.stack(path, 1)
@@ -199,7 +200,7 @@ def path_step(path, t):
 
 
 def grpo_loss(velocity, old, xt, target, t, A, settings):
-    """-min(ratio A, clipped ratio A) + pull KL of a step xt -> target that `old` made with noise.
+    """-min(ratio A, clipped ratio A) + kl_weight KL of a noisy step xt -> target of `old`.
 
     ratio = p(target | xt) / p_old(target | xt), Gaussians of `noisy_step`; log-probabilities and
     KL are means over (L, C), as Flow-GRPO's, so that `clip_range` does not depend on the size."""
@@ -213,7 +214,7 @@ def grpo_loss(velocity, old, xt, target, t, A, settings):
     change = (target - old_mean).square() - (target - mean).square()            # (B, L, C)
     ratio = (change / variance).mean((1, 2)).exp()                              # (B,)
     clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
-    kl = ((mean - old_mean).square() / variance).mean((1, 2))
+    kl = ((mean - old_mean).square() / variance).mean((1, 2))                   # (B,)
     gained = torch.minimum(ratio * A, clipped * A)
     loss = (settings.kl_weight * kl - gained).mean()
     return loss, means({"accuracy": (ratio - 1) * A > 0, "ratio": ratio, "kl": kl,
