@@ -52,7 +52,7 @@ from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learn
                          update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
 from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
-from sample import SOLVERS, Sampling, decode, default_duration, guide, sample_latents
+from sample import Sampling, decode, default_duration, guide, sample_latents
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, no_text, text_condition
 from vae import encode_pairs
 from world.scenes import World, render_clips
@@ -60,8 +60,8 @@ from world.scenes import World, render_clips
 FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--checkpoint", str(BASE), "model folder or hub id"),
     flag("--iterations", 5, "times to sample and optimise (paper: 5)", 1),
-    flag("--prompts", 256, "M, drawn anew in each iteration (paper: 20000)", 1),
-    flag("--num_samples", 5, "N, clips of each prompt (paper: 5)", 2),
+    flag("--prompts", 320, "M, drawn anew in each iteration (paper: 20000)", 1),
+    flag("--num_samples", 8, "N, clips of each prompt (paper: 5)", 2),
     flag("--pool", 20000, "training scenes whose prompts make the pool (paper: 45k)", 1),
     flag("--prompt_file", None, "the pool instead: .txt or .jsonl (paper: AudioCaps)"),
     flag("--offline", False, "train on the first iteration's pairs in all of them (paper Fig. 2)"),
@@ -72,7 +72,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          choices=list(LOSSES)),
     flag("--beta", None, "strength of the preference, of means over (L, C); none: 2000 at the "
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
-    flag("--pairs_per_prompt", 1, "pairs: best and worst, then the next best and worst (paper: 1)",
+    flag("--pairs_per_prompt", 3, "pairs: best and worst, then the next best and worst (paper: 1)",
          1),
     flag("--safeguard", None, "mu: losers may not raise the winners' error (Diffusion-SDPO: 0.9)",
          0, 1, kind=float),
@@ -96,7 +96,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
     flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
-    flag("--epochs", 24, "passes over the rows of an iteration (paper: 8)", 1),
+    flag("--epochs", 10, "passes over the rows of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
     flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
     flag("--learning_rate", 1e-4, "peak learning rate (paper: 1e-5)", 0),
@@ -407,8 +407,7 @@ def run(command="crpo.run(...)", **settings):
         sampler = sampler_of(args)
         candidates = sampler
         if args.loss == "grpo":
-            SOLVERS["noisy"] = partial(noisy_path, noise=args.sde_noise), 1
-            candidates = sampler_of(args, "noisy")
+            candidates = sampler_of(args, partial(noisy_path, noise=args.sde_noise))
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)

@@ -244,7 +244,7 @@ def alarms(name, losses, before, now):
                      "take an earlier iteration, more prompts or fewer --epochs")
     if change_of("reward", before, now)[1] < 0:
         lines.append(f"{name}: the reward itself fell: the policy drifts or collapses; lower "
-                     "--learning_rate or raise --pull")
+                     "--learning_rate; of a loss of all clips, raise --kl_weight")
     return lines
 
 
@@ -348,8 +348,10 @@ def main(argv=None):
     command = f"python evaluate.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
     write_report(out, name, "Clips side by side", command, [budget, *paragraphs],
                  {"settings": vars(args), **numbers})
-    listening_page(out, pages, [each.prompt for each in asked])
-    print(f"wrote {out}/listen.html: the first clips of each, side by side\nnext: open it, or "
+    for page, blind in (("listen.html", False), ("blind.html", True)):
+        listening_page(out / page, pages, [each.prompt for each in asked], blind)
+    print(f"wrote {out}/listen.html: the first clips of each, side by side, and blind.html, the "
+          "same without their names\nnext: open one, or "
           "python -m experiments.alignment best_of, what the reward alone would gain")
 
 

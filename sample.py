@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import read_prompts
 from lib.audio import (limited, normalise_loudness, output_paths, place_of, save_spectrogram,
                        write_wav)
-from lib.common import (ALIGNED, BASE, DEVICE, DTYPE, UserError, check_writable, choose_device,
+from lib.common import (BASE, CLEAN, DEVICE, DTYPE, UserError, check_writable, choose_device,
                         choose_dtype, flag, generator, need, parse_flags, pick,
                         relative_to_here, run_main, side_by_side, warn, write_json)
 from lib.fast import quicken
@@ -76,7 +76,7 @@ FLAGS = {"what to make": [
     flag("--lufs", None, "loudness in LUFS (second paper: -16.5)", -70, 0, kind=float),
     flag("--true_peak", -1.0, "ceiling of --lufs in dB (second paper: -1)", -60, 0),
 ], "model and machine": [
-    flag("--checkpoint", ALIGNED, "folder or hub id (paper: declare-lab/TangoFlux)", kind=str),
+    flag("--checkpoint", CLEAN, "folder or hub id (paper: declare-lab/TangoFlux)", kind=str),
     flag("--batch_size", 16, "samples at a time; in bfloat16 it changes a clip a little", 1, 4096),
     DTYPE, DEVICE]}
 MADE_FROM = ("seed noise best_of reward steps guidance_scale solver score negative_prompt "
@@ -179,7 +179,10 @@ def solve(model, sampling, progress, piece):
     condition, null, noise = piece
     velocity_fn = guided_velocity(model.flow, condition, null, sampling.guidance_scale)
     ts = tqdm(schedule(sampling.steps), "sampling", leave=False, disable=not progress)
-    latents = SOLVERS[sampling.solver][0](velocity_fn, noise, ts)
+    solver = sampling.solver
+    if isinstance(solver, str):
+        solver, _ = SOLVERS[solver]
+    latents = solver(velocity_fn, noise, ts)
     return model.codec.denormalise(latents).float().cpu()
 
 
@@ -188,11 +191,11 @@ def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sam
     """Sample one latent for each prompt: raw latents (B, L, C), float32 on the CPU.
     durations: seconds. indices: the i of (seed, i), default 0, 1, ... conditions: those of
     `encode_conditions`; model.text may then be None. noise (B, L, C): in the place of (seed, i).
-    Raises UserError if a score is asked without a head."""
+    sampling.solver: a name of SOLVERS, or a function. Raises UserError: a score without a head."""
     flow = quicken(model.flow)
     if sampling.score is not None and not flow.config.get("score_head"):
         raise UserError("--score needs a model with a score head: train_fm.py --score_column")
-    if sampling.solver not in SOLVERS:
+    if isinstance(sampling.solver, str) and sampling.solver not in SOLVERS:
         raise UserError(f"--solver {sampling.solver} is unknown; there are {', '.join(SOLVERS)}")
     if conditions is None:
         conditions = encode_conditions(model.text, prompts, durations, sampling, batch_size)
@@ -241,7 +244,9 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
     of batches whose rows are all in `done`: others keep their batch, on which bfloat16 depends."""
     text = load_model(name, device, parts=("text",)).text
     text.max_tokens = max_text_length or text.max_tokens
-    warn_of_unknown_words(text, [*prompts, sampling.negative_prompt or ""], EVENT_NAMES)
+    training = resolve(model_folder(name), "flow")[1].get("training")
+    if not (isinstance(training, dict) and training.get("data")):   # else it knows its own captions
+        warn_of_unknown_words(text, [*prompts, sampling.negative_prompt or ""], EVENT_NAMES)
     conditions = encode_conditions(text, prompts, durations, sampling, batch_size)
     del text                                                # with FLAN-T5 a third of all memory
 

@@ -37,7 +37,7 @@ from train_fm import interpolate
 
 FLAGS = {"what is timed": [
     flag("--prompts", 48, "M", 2, 20000),
-    flag("--epochs", 24, "over the M pairs (crpo.py: 24)", 1, 1e6),
+    flag("--epochs", 24, "over the M pairs, one of a prompt", 1, 1e6),
     flag("--official_steps", 50, "solver steps of the official way (official code: 50)", 1, 1000),
     flag("--repeats", 3, "rounds, after one to warm up", 1, 1000),
     flag("--checkpoint", str(BASE), "model folder"),

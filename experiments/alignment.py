@@ -1,10 +1,11 @@
 """What alignment can gain, and by which loss: the room that a base leaves, losses side by side.
 
     python -m experiments.alignment best_of                 # the reward alone (paper A.3, Table 5)
-    python -m experiments.alignment room --bases checkpoints/toy/base runs/base_hard
+    python -m experiments.alignment room
     python -m experiments.alignment methods --losses crpo nft control --seeds 0 1 2
     python -m experiments.alignment guidance                # base and aligned over guidance 1 to 6
-    python -m experiments.alignment recovered --aligned runs/crpo/iteration_4
+    python -m experiments.alignment recovered --aligned runs/crpo/iteration_5
+    python -m experiments.alignment progress --runs runs/crpo        # gains over clips generated
 
 Prints its tables and writes OUT/NAME.md, .json and pictures. Who judges, and how differences are
 tested: see evaluate.py. `room` and `methods` run crpo.py in --runs and go on where they stopped.
@@ -14,23 +15,24 @@ loss does not carry over. Letters: M prompts, N clips of each, S seeds.
 import shlex
 import shutil
 import sys
-from functools import partial
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 
 import crpo
 from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, as_clips, bootstrap, cells,
-                      change_table, compare, fooled, gains, measure, read_judged, sampled,
-                      summary)
-from lib.common import (ALIGNED, BASE, UserError, check_writable, choose_device, flag,
-                        markdown, parse_commands, picture, read_json, read_jsonl, run_main,
-                        write_jsonl, write_report)
+                      change_table, fooled, gains, held_out_clips, read_judged, summary)
+from experiments.models import (best_of, best_of_table, candidates_of, guidance, recovered,
+                                short_name, truth)
+from lib.common import (ALIGNED, BASE, CLEAN, check_writable, choose_device, flag, markdown,
+                        parse_commands, picture, read_json, read_jsonl, run_main, write_jsonl,
+                        write_report)
 from lib.text import number, tables
 from lib.weights import load_tensors
 from model import load_model
 from sample import Sampling, decode
-from world.ears import COLUMNS, hear, load_tagger, scores, tally_all
+from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
 # settings of crpo.py by which each loss is run, at equal clips generated
@@ -63,7 +65,7 @@ COMMANDS = {
                  flag("--counts", [1, 5, 10, 15], "the N (paper: the same)", 1, 1000, nargs="+")],
         **{name: FLAGS[name] for name in ("prompts", "sampler", "who judges", "run")}}),
     "room": ("what a base leaves to gain, by reward and by beta", {
-        "what": [flag("--bases", [str(BASE)], "model folders", nargs="+"),
+        "what": [flag("--bases", [str(CLEAN), str(BASE)], "model folders", nargs="+"),
                  flag("--rewards", list(REWARDS), "what ranks", nargs="+", choices=list(REWARDS)),
                  flag("--betas", [20.0, 149.0, 2000.0], "of crpo", 0, nargs="+")],
         "loop": LOOP, **COMMON}),
@@ -75,13 +77,18 @@ COMMANDS = {
         "loop": LOOP, **COMMON}),
     "recovered": ("how much of what weak captions cost alignment wins back", {
         "what": [flag("--base", str(BASE), "model folder of the base"),
-                 flag("--clean", None, "of the model that learned from true captions alone"),
+                 flag("--clean", str(CLEAN), "of the model that learned from true captions alone"),
                  flag("--aligned", [ALIGNED], "of the aligned models, one a seed", nargs="+"),
                  flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
                  flag("--scales", [3.0, 3.0], "guidance: of base and clean; of aligned and control",
                       0, nargs=2),
                  flag("--prompts", 1024, "held-out prompts of unseen pairs", 8),
                  flag("--steps", 10, "solver steps", 1)], **COMMON}),
+    "progress": ("what runs of crpo.py gain over the clips generated", {
+        "what": [flag("--runs", ["runs/crpo"], "finished runs, one a seed", nargs="+"),
+                 flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
+                 flag("--clean", str(CLEAN), "the model that learned from true captions alone")],
+        **COMMON}),
     "guidance": ("base and aligned over the guidance scale", {
         "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
                  flag("--scales", [1.0, 1.5, 2.0, 3.0, 4.5, 6.0], "guidance", 0, nargs="+"),
@@ -89,45 +96,7 @@ COMMANDS = {
                  flag("--steps", 10, "solver steps", 1)], **COMMON})}
 
 
-# ----------------------------------------------------------------------------- best of N
-
-def best_of(scores):
-    """Index of each prompt's best clip: scores (M, N) -> (M,); the first of equals, never NaN."""
-    scores = np.asarray(scores, dtype=float)
-    if np.isnan(scores).all(1).any():
-        raise UserError("all rewards of a prompt are NaN; is its audio silent?")
-    return np.nanargmax(scores, axis=1)
-
-
-def candidates_of(judges, model, scenes, count, sampler):
-    """`count` clips of each scene, judged: arrays of M N rows, see Judges.judge."""
-    repeated = [scene for scene in scenes for _ in range(count)]
-    clips, _ = sampled(model, repeated, sampler)
-    return judges.judge(clips, repeated)
-
-
-def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
-    """The reward chooses among N clips; judge and truth say if it helps -> tables, numbers."""
-    most = max(counts)
-    candidates = candidates_of(judges, model, scenes, most, sampler)
-    rewards = candidates["reward"].reshape(len(scenes), most)                           # (M, N)
-    found = {"real": judges.judge(real, scenes)}
-    for count in counts:
-        chosen = np.arange(0, rewards.size, most) + best_of(rewards[:, :count])
-        found[f"best of {count}"] = {name: each[chosen] for name, each in candidates.items()}
-    return compare(found, f"best of {min(counts)}", draws, sampler.seed)
-
-
 # ----------------------------------------------------------------------------- the room
-
-def truth(tallies):
-    """Rows (N, columns) of world.ears.tally -> (N,): exact + F1 + half for order and for counts."""
-    column = dict(zip(COLUMNS, np.asarray(tallies, float).T))
-    f1 = 2 * column["hits"] / (2 * column["hits"] + column["extras"] + column["misses"])
-    order = column["order_right"] / np.maximum(column["ordered"], 1)
-    counts = column["counts_right"] / np.maximum(column["counted"], 1)
-    return column["exact"] + f1 + 0.5 * order + 0.5 * counts
-
 
 def room_of(candidates, count):
     """{what: (M,) of each prompt} about N = `count` clips: what choosing could gain."""
@@ -162,12 +131,6 @@ def room_table(rooms, draws):
 
 
 # ----------------------------------------------------------------------------- runs of crpo.py
-
-def short_name(source):
-    """A model folder's name; of iterations, which share theirs, the run's before it."""
-    path = Path(source)
-    return f"{path.parent.name}_{path.name}" if path.name.startswith("iteration_") else path.name
-
 
 def share_candidates(source, folder, rewards=None):
     """Begin the run `folder` with what the run `source` judged and sampled in its iteration 1.
@@ -269,7 +232,8 @@ def methods(loop, base, losses, iterations, seeds, runs, draws, out, **_):
         for key in list(sets)[1:]:                      # base, iteration 1, ...
             curves[name].append([summary(judged[key], sets["real"]) for _, judged in runs_of])
     real = summary(sets["real"], sets["real"])
-    draw_curves(Path(out) / "methods.png", curves, loop["prompts"] * loop["num_samples"], real)
+    clips = np.arange(iterations + 1) * loop["prompts"] * loop["num_samples"]
+    draw_curves(Path(out) / "methods.png", curves, clips, {"real scenes": real})
     heads = ["loss", "minutes of training", "drift", "winners' error, ratio", "hacks from"]
     return [markdown(heads, rows), change_table(changes)], {"changes": changes, "curves": curves}
 
@@ -295,143 +259,71 @@ def hacks(runs, iterations):
     return "-"
 
 
-def draw_curves(path, curves, clips, real):
-    """Judge and exact scenes over clips generated, a band over seeds for each loss."""
-    with picture(path, 5.5, 4, 2) as axes:
-        for axis, name in zip(axes or [], ("judge", "exact")):
-            for loss, points in curves.items():
-                values = []                             # (iterations + 1, S)
+def draw_curves(path, curves, clips, levels, names=("judge", "exact")):
+    """Measures over `clips` generated (K,): a band over seeds for each of {label: summaries (K, S)},
+    a line for each of {label: summary}."""
+    with picture(path, 5.5, 4, len(names)) as axes:
+        for axis, name in zip(axes or [], names):
+            for label, points in curves.items():
+                values = []                                                     # (K, S)
                 for seeds in points:
                     values.append([found[name] for found in seeds])
                 values = np.array(values)
-                x = np.arange(len(values)) * clips
-                line, = axis.plot(x, values.mean(1), marker="o", label=loss)
-                axis.fill_between(x, values.min(1), values.max(1), alpha=0.2,
+                line, = axis.plot(clips, values.mean(1), marker="o", label=label)
+                axis.fill_between(clips, values.min(1), values.max(1), alpha=0.2,
                                   color=line.get_color())
-            axis.axhline(real[name], color="grey", label="real scenes")
+            for label, shade in zip(levels, ("0.4", "0.7")):
+                axis.axhline(levels[label][name], color=shade, linestyle="--", label=label)
             axis.set(xlabel="clips generated", ylabel=MEASURES[name])
             axis.legend(fontsize=7)
 
 
-# ----------------------------------------------------------------------------- guidance
+# ----------------------------------------------------------------------------- progress
 
-def at(sampler, scale):
-    """The sampler at another guidance scale."""
-    return sampler._replace(sampling=sampler.sampling._replace(guidance_scale=scale))
+def progress(judges, device, runs, control, clean, draws, seed, out, **_):
+    """Finished runs of crpo.py, iteration by iteration, between base and clean: what more clips
+    bring. The slope is fitted to the means over seeds, per 1,000 clips."""
+    config = read_json(Path(runs[0]) / "config.json")
+    iterations = config["iterations"]
+    clips = np.arange(iterations + 1) * config["prompts"] * config["num_samples"]
+    real = judged_sets(Path(runs[0]), iterations)["real"]
+    places = range(crpo.HELD_OUT, crpo.HELD_OUT + config["eval_prompts"])
+    _, scenes = render_clips(World("val", pairs="all"), places)
+    sampler = crpo.sampler_of(Namespace(**config))
+    heard = held_out_clips(load_model(clean, device), scenes, config["noise"], sampler)
+    levels = {"real scenes": summary(real, real),
+              "true captions": summary(judges.judge(heard, scenes), real)}
 
-
-def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
-    """Each model over guidance scales: judge and exact scenes against the Frechet distance."""
-    clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
-    found = {"real": judges.judge(clips, scenes)}
-    rows, fronts = [], {}
-    for source in models:
-        model, name = load_model(source, device), short_name(source)
-        for scale in scales:
-            key = f"{name} at {scale:g}"
-            found[key] = judges.judge(sampled(model, scenes, at(sampler, scale))[0], scenes)
-            front = summary(found[key], found["real"])
-            fronts.setdefault(name, []).append(front)
-            rows.append([key, *cells(front)])
-    with picture(Path(out) / "guidance.png", 5.5, 4, 2) as axes:
-        for axis, key in zip(axes or [], ("judge", "exact")):
-            for name, points in fronts.items():
-                x = [point["frechet"] for point in points]
-                y = [point[key] for point in points]
-                axis.plot(x, y, marker="o", label=name)
-                for scale, *place in zip(scales, x, y):
-                    axis.annotate(f"{scale:g}", place, fontsize=7)
-            axis.set(xlabel="Frechet distance", ylabel=MEASURES[key])
-            axis.legend()
-    best = {}
-    for name, points in fronts.items():
-        judge = [point["judge"] for point in points]
-        best[name] = f"{name} at {scales[int(np.argmax(judge))]:g}"
-    first, *others = best.values()
-    changes = {}
-    for key in others:
-        changes[f"{key} against {first}"] = gains([found[key]], [found[first]], found["real"],
-                                                  draws)
-    note = "Each at its best guidance by the judge on these prompts; the choice widens no interval:"
+    curves, changes = {}, {}
+    rows = [[name, *cells(level)] for name, level in levels.items()]
+    for kind, folders in {"aligned": runs, "shuffled rewards": control}.items():
+        sets = [judged_sets(Path(folder), iterations) for folder in folders]
+        for k, name in enumerate(["base", *list(sets[0])[2:]] if sets else []):
+            label = f"{kind}, {clips[k]:,} clips"
+            seeds = [each[name] for each in sets]
+            points = [summary(judged, real) for judged in seeds]
+            curves.setdefault(kind, []).append(points)
+            rows += [[label, *cells(point)] for point in points]
+            if k:
+                base = [each["base"] for each in sets]
+                changes[label] = gains(seeds, base, real, draws, seed)
+    slopes = {}
+    for name in ("judge", "exact"):
+        means = []
+        for points in curves["aligned"]:
+            means.append(np.mean([point[name] for point in points]))
+        slopes[name] = float(np.polyfit(clips / 1000, means, 1)[0])
+    draw_curves(Path(out) / "progress.png", curves, clips, levels, ("reward", "judge", "exact"))
+    note = (f"Slope per 1,000 clips: judge {slopes['judge']:+.4f}, exact {slopes['exact']:+.4f}. "
+            "Differences to the base, over prompts:")
     paragraphs = [tables(["clips", *HEADS], rows), note, change_table(changes)]
-    return paragraphs, {"fronts": fronts, "changes": changes}
-
-
-# ----------------------------------------------------------------------------- recovered
-
-SHARES = ("judge", "exact", "order", "f1", "count")
-
-
-def share(name, models, real, rows):
-    """(aligned - base) / (clean - base) of a measure, over some rows of the prompts."""
-    base = measure(name, models["base"], real, rows)
-    aligned = measure(name, models["aligned"], real, rows)
-    clean = measure(name, models["clean"], real, rows)
-    return (aligned - base) / (clean - base)
-
-
-def judged_models(judges, folders, scenes, sampler, device):
-    """[judged arrays of each model], with "second": the tally of the other tagger."""
-    judged = []
-    for folder in folders:
-        clips, _ = sampled(load_model(folder, device), scenes, sampler)
-        second = tally_all(hear(judges.ear, clips), scenes)
-        judged.append({**judges.judge(clips, scenes), "second": second})
-    return judged
-
-
-def recovered(judges, device, sampler, base, clean, aligned, control, scales, prompts, draws, seed,
-              **_):
-    """What lies between a base that learned from weak captions and one that learned from true
-    ones, and how much of it is won back; beside it the control, whose rewards were shuffled."""
-    if clean in (None, base):
-        raise UserError("--clean must name the model that learned from true captions, not the base")
-    clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
-    real = judges.judge(clips, scenes)
-    first, second = at(sampler, scales[0]), at(sampler, scales[1])
-    models = {"base": judged_models(judges, [base], scenes, first, device),
-              "clean": judged_models(judges, [clean], scenes, first, device),
-              "aligned": judged_models(judges, aligned, scenes, second, device),
-              "control": judged_models(judges, control, scenes, second, device)}
-
-    # every model, and what the second tagger hears
-    rows, others = [["real", *cells(summary(real, real))]], []
-    for kind, sets in models.items():
-        for place, judged in enumerate(sets):
-            rows.append([f"{kind} {place}", *cells(summary(judged, real))])
-            heard = scores(judged["second"])
-            others.append([f"{kind} {place}", *[number(heard[name], 3) for name in SHARES[1:]]])
-
-    # differences, and what is recovered
-    pairs = (("aligned", "base"), ("control", "base"), ("aligned", "control"), ("clean", "base"))
-    changes = {}
-    for ours, theirs in pairs:
-        if models[ours] and models[theirs]:
-            changes[f"{ours} - {theirs}"] = gains(models[ours], models[theirs], real, draws, seed)
-    shares, table = {}, []
-    for name in SHARES:
-        share_of = partial(share, name, models, real)
-        low, high = bootstrap(share_of, prompts, draws, seed)
-        shares[name] = [float(share_of(np.arange(prompts))), low, high]
-        table.append([MEASURES[name], *[number(value, 2) for value in shares[name]]])
-    heads = ["recovered: (aligned - base) / (clean - base)", "share", "95 %: from", "to"]
-    other_heads = ["clips, by the second tagger", *[MEASURES[name] for name in SHARES[1:]]]
-    paragraphs = [tables(["clips", *HEADS], rows), change_table(changes), markdown(heads, table),
-                  markdown(other_heads, others)]
-    return paragraphs, {"changes": changes, "recovered": shares, "second tagger": others}
+    return paragraphs, {"curves": curves, "levels": levels, "slopes": slopes, "changes": changes}
 
 
 # ----------------------------------------------------------------------------- command line
 
-def best_of_table(judges, device, sampler, checkpoint, counts, prompts, pairs, draws, **_):
-    """Table 5 in small."""
-    real, scenes = render_clips(World("test", pairs=pairs), range(prompts))
-    model = load_model(checkpoint, device)
-    return best_of_counts(judges, model, scenes, real, counts, sampler, draws)
-
-
 TABLES = {"best_of": best_of_table, "room": room, "methods": methods, "recovered": recovered,
-          "guidance": guidance}
+          "guidance": guidance, "progress": progress}
 
 
 def main(argv=None):
@@ -439,7 +331,7 @@ def main(argv=None):
     check_writable(Path(args.out) / f"{args.command}.md", Path(args.cache) / "latents")
     device = choose_device(args.device)
     judges = Judges(args.reward, args.judge, args.tagger, device)
-    flags = {"guidance_scale": 3.0, "solver": "euler", **vars(args)}
+    flags = {"guidance_scale": 3.0, "steps": 10, "solver": "euler", **vars(args)}
     sampling = Sampling(flags["steps"], flags["guidance_scale"], flags["solver"])
     sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
     loop = {name: flags[name] for name in SHARED if name in flags}      # settings of crpo.py

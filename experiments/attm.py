@@ -27,7 +27,7 @@ import expert_iteration
 import train_fm
 from evaluate import Judges, Sampler, bootstrap, frechet_distance, number, sampled, tables
 from lib.audio import fit_audio, read_audio
-from lib.common import (BASE, DEVICE, check_settings, check_writable, choose_device, flag,
+from lib.common import (BASE, CLEAN, DEVICE, check_settings, check_writable, choose_device, flag,
                         parse_commands, read_json, read_jsonl, reading, run_main, write_json,
                         write_report)
 from lib.mel import MEL_16K, LogMel
@@ -41,7 +41,7 @@ from world.sounds import CLIP_SAMPLES, SAMPLE_RATE
 
 FLAGS = {
     "what it starts from": [
-        flag("--checkpoint", str(BASE), "flow that stage 1 goes on from"),
+        flag("--checkpoint", str(CLEAN), "flow that stage 1 goes on from"),
         flag("--data", "runs/scored/scored.jsonl", "scored clips"),
         flag("--hum_data", "runs/hum/scored.jsonl", "clips of which some hum"),
         flag("--ranker", "runs/ranker", "the learned reward"),

@@ -9,14 +9,14 @@ a mel codec. Letters: L latent frames, C latent channels, M mel bands, F mel fra
 """
 import torch
 
-from lib.common import BASE, UserError, atomic_path, flag, need, parse_flags, run_main
+from lib.common import CLEAN, UserError, atomic_path, flag, need, parse_flags, run_main
 from lib.text import encode_prompts, null_condition
 from model import load_model
 from sample import guided_velocity, noise_for, schedule
 
 FLAGS = {"what to draw": [
     flag("--prompt", "a violin followed by rain", "what to hear"),
-    flag("--checkpoint", str(BASE), "model folder"),
+    flag("--checkpoint", CLEAN, "model folder", kind=str),
     flag("--seed", 0, "of the noise", 0, 2 ** 62),
     flag("--steps", 24, "solver steps (paper 3.3: 50)", 6, 1000),
     flag("--out", "docs/flow.png", "the picture"),

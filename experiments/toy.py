@@ -19,7 +19,7 @@ import torch
 import evaluate
 from evaluate import Sampler, as_clips, bootstrap, number, sampled, tables
 from lib.audio import resample
-from lib.common import (BASE, check_writable, choose_device, flag, parse_commands, run_main,
+from lib.common import (BASE, CLEAN, check_writable, choose_device, flag, parse_commands, run_main,
                         write_report)
 from lib.mel import MEL_16K, LogMel, griffin_lim, log_mel_error
 from lib.text import encode_prompts
@@ -32,7 +32,7 @@ from world.sounds import SAMPLE_RATE
 
 FLAGS = {
     "what is measured": [
-        flag("--checkpoint", str(BASE), "model folder or hub id"),
+        flag("--checkpoint", str(CLEAN), "model folder or hub id"),
         flag("--tagger", str(BASE), "folder of the taggers"),
         flag("--prompts", 256, "prompts or scenes", 2, 10 ** 6),
         flag("--seeds", 3, "sampling seeds of scenes; steps takes the first", 1, 1000),

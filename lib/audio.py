@@ -15,6 +15,7 @@ import html
 import itertools
 import json
 import os
+import random
 import re
 import textwrap
 import warnings
@@ -305,17 +306,24 @@ def write_clips(out, column, clips, asked, rate, count=8):
     return paths
 
 
-def listening_page(out, columns, prompts, title="The same prompts side by side"):
-    """out/listen.html: a row a prompt, a column for each {name: [paths of WAV files]}."""
+def listening_page(path, columns, prompts, blind=False, title="The same prompts side by side"):
+    """A page with a row a prompt, a column for each {name: [paths of WAV files]}; blind: each row
+    in an order of its own, the names behind a click."""
+    names = ["?"] * len(columns) if blind else list(columns)
     lines = [f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1>",
              "<table border=1 cellpadding=6><tr><th>prompt"]
-    lines += [f"<th>{html.escape(name)}" for name in columns]
+    lines += [f"<th>{html.escape(name)}" for name in names]
     for prompt, *paths in zip(prompts, *columns.values()):
         lines.append(f"<tr><td>{html.escape(prompt)}")
-        for path in paths:
-            source = html.escape(os.path.relpath(path, out))
+        players = list(zip(columns, paths))
+        if blind:
+            random.Random(prompt).shuffle(players)
+        for name, wav in players:
+            source = html.escape(os.path.relpath(wav, Path(path).parent))
             lines.append(f'<td><audio controls src="{source}"></audio>')
-    write_text(Path(out) / "listen.html", "\n".join(lines))
+            if blind:
+                lines.append(f"<details><summary>which?</summary>{html.escape(name)}</details>")
+    write_text(Path(path), "\n".join(lines))
 
 
 # ----------------------------------------------------------------------------- CLAP's front end

@@ -28,8 +28,9 @@ import torch
 
 fcntl = importlib.util.find_spec("fcntl") and importlib.import_module("fcntl")  # not on Windows
 HERE = Path(__file__).resolve().parents[1]                  # the repository
-BASE = HERE / "checkpoints" / "toy" / "base"
-ALIGNED = HERE / "checkpoints" / "toy" / "aligned"          # what sample.py takes by default
+CLEAN = HERE / "checkpoints/toy/clean"      # what sample.py takes; it learned from true captions,
+BASE = HERE / "checkpoints/toy/base"        # and went on under weak ones: where crpo.py starts
+ALIGNED = HERE / "checkpoints/toy/aligned"  # what crpo.py made of it
 
 
 # ----------------------------------------------------------------------------- errors

@@ -176,7 +176,7 @@ def noisy_step(velocity, x, t, t_next, noise):
 
 
 def noisy_path(velocity_fn, x, ts, noise):
-    """A solver, for sample.SOLVERS: all states (B, steps + 1, L, C) from t = 1 to 0.
+    """A solver, as sample.euler: all states (B, steps + 1, L, C) from t = 1 to 0.
 
     A row's noise follows from its start, hence from (seed, i), whatever the batch."""
     rngs = [generator("path", row.cpu().numpy().tobytes().hex()) for row in x]

@@ -43,7 +43,7 @@ COMMANDS = {                                    # {command: flags}, where golden
     "expert_iteration": "--checkpoint golden/score --data golden/many.jsonl --ranker golden/ranker --prompts 3 --keep 2 --pool 4 "
                         "--steps 1 --tuning_steps 1 --polish_steps 1",
     "evaluate": f"{MODEL} --against golden/model --prompts 2 --steps 1 --draws 20",
-    "reward score": "--audio golden/0.wav --prompt rain", "lib.audio": "golden/0.wav",
+    "reward": "--audio golden/0.wav --prompt rain", "lib.audio": "golden/0.wav",
     "ranker": "--data golden/many.jsonl --ranker golden/ranker --column new",
     "world.votes": "--scenes 2 --takes 2 --votes 4 --codec golden/model",
     "world.train_ranker": "--votes golden/votes.jsonl --widths 4 --epochs 1 --batch_size 4",
@@ -55,11 +55,11 @@ OLD = json.loads((GOLDEN / "commands.json").read_text())                # comman
 CASES = [*[("manifest", name, "--data golden/FILE", "") for name in (
              "data", "vae", "train_fm", "train_fm", "ranker", "expert_iteration", "evaluate")],
          ("manifest", "train_fm", "--data golden/FILE --score_column score", ""), ("sound", "data", "--data golden/one.jsonl", ""),
-         ("sound", "reward score", "--audio golden/FILE", ""), ("sound", "lib.audio", "golden/FILE", ""),
+         ("sound", "reward", "--audio golden/FILE", ""), ("sound", "lib.audio", "golden/FILE", ""),
          *[("prompts", name, "--prompt_file golden/FILE", "") for name in ("sample", "crpo", "expert_iteration")],
          ("pairs", "crpo", "--pairs golden/FILE", ""), ("votes", "world.train_ranker", "--votes golden/FILE", ""),
          *[("model", name, "", "model") for name in ("sample", "train_fm", "crpo", "evaluate", "world.bundle", "world.votes")],
-         ("model", "vae", MODEL, "model"), ("clap", "reward score", "--clap golden/clap", "clap"),
+         ("model", "vae", MODEL, "model"), ("clap", "reward", "--clap golden/clap", "clap"),
          ("ranker", "ranker", "", "ranker"), ("ranker", "expert_iteration", "", "ranker"),
          *[("run", name, OLD[run], run.replace("flow_", "flow/")) for name, run in (
              ("train_fm", "run_flow_adamw"), ("train_fm", "run_flow_muon"), ("vae", "run_vae"), ("crpo", "run_crpo"),

@@ -28,7 +28,7 @@ ORDER = [name for row in (
     "lib.common lib.weights lib.audio lib.mel lib.oobleck lib.text lib.fast lib.losses", "world.sounds world.scenes world.ears",
     "data vae model sample train_fm reward ranker evaluate crpo expert_iteration",
     "world.reader world.votes world.train_ears world.train_clap world.train_ranker world.bundle",
-    "experiments.flow_picture experiments.toy experiments.alignment experiments.attm",
+    "experiments.flow_picture experiments.toy experiments.models experiments.alignment experiments.attm",
     "bench.official bench.crpo bench.full_size") for name in row.split()]
 
 

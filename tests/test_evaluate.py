@@ -89,10 +89,16 @@ def test_numbers_tables_and_the_listening_page(tmp_path):
     assert all(part.startswith("| head 0 ") for part in parts)
     assert all(text.count(head + " ") == 1 for head in heads[1:])
     columns = {"base": [tmp_path / "a" / "0.wav", tmp_path / "a" / "1.wav"], "<b>": [tmp_path / "2.wav"] * 2}
-    evaluate.listening_page(tmp_path, columns, ["rain & wind", "a bell"])
+    evaluate.listening_page(tmp_path / "listen.html", columns, ["rain & wind", "a bell"])
     page = (tmp_path / "listen.html").read_text()
     assert page.count("<audio") == 4 and 'src="a/1.wav"' in page
     assert "rain &amp; wind" in page and "&lt;b&gt;" in page and str(tmp_path) not in page
+    prompts = [f"bell {i}" for i in range(20)]                      # blind: no column is always the same model
+    columns = {"base": [tmp_path / "a.wav"] * 20, "ours": [tmp_path / "b.wav"] * 20}
+    evaluate.listening_page(tmp_path / "blind.html", columns, prompts, blind=True)
+    rows = (tmp_path / "blind.html").read_text().split("<tr>")[2:]
+    assert {row.index("a.wav") < row.index("b.wav") for row in rows} == {True, False}
+    assert all((row.index("a.wav") < row.index("b.wav")) == (row.index("base") < row.index("ours")) for row in rows)
 
 
 @pytest.fixture(scope="module")

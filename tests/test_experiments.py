@@ -11,7 +11,7 @@ from test_evaluate import place, quick_vocoder  # noqa: F401  (fixtures)
 import crpo
 import expert_iteration
 import ranker
-from experiments import alignment, attm, toy
+from experiments import alignment, attm, models, toy
 from lib.common import read_json, read_jsonl
 
 
@@ -125,6 +125,19 @@ def test_losses_side_by_side(place, monkeypatch):  # noqa: F811
     assert numbers["curves"]["nft"][0] == numbers["curves"]["control"][0]      # the same base
 
 
+def test_progress_over_clips(place, monkeypatch):  # noqa: F811
+    crpo.run(out=str(place / "one"), checkpoint=str(place / "a"), iterations=2, prompts=4, num_samples=3, epochs=1,
+             eval_prompts=8, steps=2, device="cpu", **{name: str(place / name) for name in ("reward", "judge")},
+             tagger=str(place), pool=50)
+    flags = "--runs one --control one --draws 20 --device cpu --out out --cache cache".split()
+    text, numbers = run_alignment(place, monkeypatch, "progress", *flags, "--clean", str(place / "a"))
+    assert "aligned, 24 clips" in text and "shuffled rewards, 12 clips" in text and "Slope" in text
+    base = numbers["curves"]["aligned"][0][0]
+    assert numbers["levels"]["true captions"]["judge"] == pytest.approx(base["judge"])      # the base, judged again
+    means = [seeds[0]["judge"] for seeds in numbers["curves"]["aligned"]]
+    assert numbers["slopes"]["judge"] == pytest.approx((means[2] - means[0]) / 0.024)       # of three even points
+
+
 def test_guidance_shows_a_front(place, monkeypatch):  # noqa: F811
     flags = ["--prompts", "8", "--steps", "2", "--scales", "1", "3", "--draws", "20", "--device", "cpu", "--out", "out",
              "--cache", "cache", "--models", str(place / "a"), str(place / "b")]
@@ -135,10 +148,10 @@ def test_guidance_shows_a_front(place, monkeypatch):  # noqa: F811
 def test_what_is_recovered(place, monkeypatch):  # noqa: F811
     rows, found = np.arange(4), {"base": [0.2], "clean": [0.6], "aligned": [0.3, 0.5]}
     sets = {name: [{"judge": np.full(4, value)} for value in values] for name, values in found.items()}
-    assert alignment.share("judge", sets, None, rows) == pytest.approx(0.5)
+    assert models.share("judge", sets, None, rows) == pytest.approx(0.5)
     flags = ["--prompts", "8", "--steps", "2", "--draws", "20", "--device", "cpu", "--out", "out", "--cache", "cache"]
-    models = {"base": "a", "clean": "b", "aligned": "c", "control": "a"}
-    flags += [word for name, model in models.items() for word in (f"--{name}", str(place / model))]
+    folders = {"base": "a", "clean": "b", "aligned": "c", "control": "a"}
+    flags += [word for name, folder in folders.items() for word in (f"--{name}", str(place / folder))]
     text, numbers = run_alignment(place, monkeypatch, "recovered", *flags)
     assert set(numbers["changes"]) == {"aligned - base", "control - base", "aligned - control", "clean - base"}
     assert numbers["changes"]["control - base"]["judge"][0] == 0 and "by the second tagger" in text

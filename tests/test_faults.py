@@ -190,7 +190,7 @@ def test_pieces_of_a_step_add_up_whatever_their_size():
         flow, training = crpo_training(rows, tensors, settings(beta=20.0)[0], micro_batch)
         parts = crpo.loss_and_gradients(training, list(flow.parameters()), range(3, 8), 0)
         found.append(({**parts}, [p.grad for p in flow.parameters()]))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4, abs=2e-6)    # the margin is a small difference
     for one, other in zip(found[0][1], found[1][1]):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6) and one.any()
 

@@ -28,9 +28,9 @@ import train_fm
 from bench import full_size
 from conftest import ROOT, TINY, TINY_MEL, TINY_OFFICIAL, noise, planted
 from data import open_cache, prepare, world_cache
-from experiments import alignment, toy
+from experiments import models, toy
 from lib import audio as sound, fast, losses, mel, oobleck, text, weights
-from lib.common import ALIGNED, BASE, derive_seed, generator, parse_flags, pick, read_jsonl
+from lib.common import BASE, CLEAN, derive_seed, generator, parse_flags, pick, read_jsonl
 from lib.text import encode_prompts, null_condition
 from lib.weights import muon_takes, trainable
 from model import PRESETS, TangoFlux, load_model, with_score_head
@@ -51,8 +51,8 @@ CORNERS = ("transformer.transformer_blocks.0.attn.to_q.weight", "transformer.pro
 
 @cache
 def base():
-    """The bundled base model in float32: .flow .codec .text"""
-    return load_model(BASE)
+    """The base of the first edition, which learned from true captions, in float32: .flow .codec .text"""
+    return load_model(CLEAN)
 
 
 @cache
@@ -94,10 +94,10 @@ def gradients(module):
     return norms({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
 
 
-def latents_of(folder, solver, steps):
-    """Latents of the prompts and durations of val_scenes; the aligned model as quick as sample.py makes it."""
-    model, truth, sampling = load_model(folder), val_scenes()[1], sample.Sampling(steps, 3.0, solver)
-    if folder == ALIGNED:
+def latents_of(quick, solver, steps):
+    """Latents of the prompts and durations of val_scenes; by the plain model, or as quick as sample.py makes it."""
+    model, truth, sampling = load_model(CLEAN), val_scenes()[1], sample.Sampling(steps, 3.0, solver)
+    if quick:
         fast.quicken(model.flow, 512)
     latents = sample.sample_latents(model, [s.prompt for s in truth], [s.duration for s in truth], sampling=sampling)
     return {"latents": latents[:, ::4], "all": [latents.sum().item(), latents.abs().sum().item()]}
@@ -160,9 +160,9 @@ def end_of(name, monkeypatch):
 
 
 class Goldens:
-    euler_base, euler_aligned = partial(latents_of, BASE, "euler", 5), partial(latents_of, ALIGNED, "euler", 5)
-    heun_base, heun_aligned = partial(latents_of, BASE, "heun", 3), partial(latents_of, ALIGNED, "heun", 3)
-    fm_adamw, fm_muon_base = partial(steps_of, BASE, 0.0, 1e-4, 5), partial(steps_of, BASE, 10.0, 1e-4, 1)
+    euler_base, euler_quick = partial(latents_of, False, "euler", 5), partial(latents_of, True, "euler", 5)
+    heun_base, heun_quick = partial(latents_of, False, "heun", 3), partial(latents_of, True, "heun", 3)
+    fm_adamw, fm_muon_base = partial(steps_of, CLEAN, 0.0, 1e-4, 5), partial(steps_of, CLEAN, 10.0, 1e-4, 1)
     fm_muon = partial(steps_of, None, 10.0, 2e-3, 2)
 
     def velocity():
@@ -231,7 +231,10 @@ class Goldens:
         noisy, codec = torch.from_numpy(np.stack(noisy)), base().codec
         tensors = {"winner_mean": codec.encode(audio[:, None])[0], "loser_mean": codec.encode(noisy[:, None])[0]}
         pairs = crpo.training_data([asdict(scene) for scene in truth], tensors, base())
-        policy, loss = load_model(ALIGNED).flow, pick(crpo.Loss, parse_flags("", crpo.FLAGS, [], {"beta": 2000.0}))
+        policy, loss = load_model(CLEAN).flow, pick(crpo.Loss, parse_flags("", crpo.FLAGS, [], {"beta": 2000.0}))
+        with torch.no_grad():
+            for i, (_, parameter) in enumerate(sorted(policy.named_parameters())):
+                parameter.mul_(1 + 0.01 * noise(*parameter.shape, seed=i))
         training = crpo.Training(policy, base().flow, base().text, pairs, loss, 2, torch.device("cpu"), nullcontext)
         parts = crpo.loss_and_gradients(training, list(policy.parameters()), range(4), 7)
         total = torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf"))
@@ -247,7 +250,7 @@ class Goldens:
     def pairs_and_best():
         clips = [[0.1, 0.5, 0.2], [0.3, 0.3, 0.3], [np.nan, 1.0, 0.0], [0.9, 0.1, 0.9]]
         prompts, *chosen = reward.make_pairs(clips)
-        winners, losers, best = [0] * 4, [0] * 4, alignment.best_of(clips).tolist()
+        winners, losers, best = [0] * 4, [0] * 4, models.best_of(clips).tolist()
         for m, winner, loser in zip(prompts.tolist(), *chosen):
             winners[m], losers[m] = int(winner), int(loser)
         kept = [m in prompts for m in range(4)]

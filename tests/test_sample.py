@@ -271,6 +271,11 @@ def test_odd_prompts_warn(folder, tmp_path, capsys):
                   "1 of 5 prompts cut to 64 tokens", "any sound at all"):
         assert shown in warnings
     assert len(list(tmp_path.glob("*.wav"))) == 5
+    own = shutil.copytree(folder, tmp_path / "own")                 # fine-tuned on captions with these words
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "training": {"data": "zoo.jsonl"}}))
+    run(own, "--prompt", "a zebra", "--output", tmp_path / "zoo")
+    assert "no words for" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [
