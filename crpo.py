@@ -1,7 +1,7 @@
 """CLAP-ranked preference optimisation: sample, rank, pair, optimise, and again with the new model.
 
     python crpo.py                                  # the bundled base model, 5 iterations, on a CPU
-    python crpo.py --iterations 1 --prompts 64 --eval_prompts 64 --out runs/quick    # some minutes
+    python crpo.py --iterations 1 --prompts 64 --eval_prompts 64 --out runs/small    # some minutes
     python crpo.py --offline --loss dpo --out runs/dpo         # L_DPO-FM, the base's pairs (Fig. 2)
     python crpo.py --loss nft --out runs/nft                   # other losses: see lib/losses.py
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)
@@ -17,6 +17,7 @@ Where paper and official code differ, we do this:
     continuous (code: 1000 values); a pair shares noise and t, as the code (Eq. 2 does not say);
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
     prompt and clip has noise of its own (code: the same N noises, always);
+  - three pairs of a prompt's 8 clips (paper: one of 5: --pairs_per_prompt 1 --num_samples 5);
   - the duration embedder is trained, too; gradients are clipped; T5 has no dropout; condition
     dropout is kept (code: none); weights are averaged, the average goes on (paper: raw, --ema 0);
   - the rate decays to 0, as the code (A.5 names a warm-up only).
@@ -72,7 +73,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          choices=list(LOSSES)),
     flag("--beta", None, "strength of the preference, of means over (L, C); none: 2000 at the "
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
-    flag("--pairs_per_prompt", 3, "pairs: best and worst, then the next best and worst (paper: 1)",
+    flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
     flag("--safeguard", None, "mu: losers may not raise the winners' error (Diffusion-SDPO: 0.9)",
          0, 1, kind=float),
@@ -316,7 +317,8 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
 # ----------------------------------------------------------------------------- prompts to pairs
 
 def sampler_of(flags, solver="euler"):
-    """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C)."""
+    """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C); solver: see
+    Sampling."""
     sampling = Sampling(flags.steps, flags.guidance_scale, solver, flags.score)
     return partial(sample_latents, sampling=sampling, batch_size=flags.generation_batch)
 

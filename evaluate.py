@@ -1,6 +1,6 @@
 """How good are clips? Any set of them, several models side by side, differences with intervals.
 
-    python evaluate.py                                            # the bundled model and its base
+    python evaluate.py                                            # the bundled aligned and base
     python evaluate.py --checkpoint runs/a runs/b                 # training seeds, each and pooled
     python evaluate.py --data sounds/captions.jsonl --prompts 16  # your captions and clips
 
@@ -244,7 +244,7 @@ def alarms(name, losses, before, now):
                      "take an earlier iteration, more prompts or fewer --epochs")
     if change_of("reward", before, now)[1] < 0:
         lines.append(f"{name}: the reward itself fell: the policy drifts or collapses; lower "
-                     "--learning_rate; of a loss of all clips, raise --kl_weight")
+                     "--learning_rate, or raise --kl_weight (nft, dgpo, awm, grpo)")
     return lines
 
 

@@ -204,8 +204,8 @@ def main(argv=None):
                 row[f"{column}_plus_{plus[0]}"] = value + float(plus[1]) * float(row[plus[0]])
     write_jsonl(out, scored)
     print(f"wrote {out}: {len(scored)} rows, {column} {scores.mean():.2f} +- {scores.std():.2f}")
-    print(f"next: python train_fm.py --checkpoint checkpoints/toy/base --data {out} --score_column "
-          f"{column} --train_steps 1000 --learning_rate 1e-3 --out runs/score")
+    print(f"next: python train_fm.py --checkpoint checkpoints/toy/clean --data {out} "
+          f"--score_column {column} --train_steps 1000 --learning_rate 1e-3 --out runs/score")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The reward: how well audio fits its prompt (CLAP), and what it makes of a prompt's clips.
 
-    python reward.py --audio docs/base.wav docs/aligned.wav --prompt "three beeps"
+    python reward.py --audio docs/base.wav docs/aligned.wav --prompt "rain followed by a flute"
     python reward.py --audio docs/base.wav --prompt "rain" --clap checkpoints/toy/base/clap_judge
-    python reward.py --audio docs/aligned.wav --prompt "a violin followed by rain" --device cpu
+    python reward.py --audio docs/aligned.wav --prompt "a flute followed by rain" --device cpu
 
 The CLAP that ranks (paper 2.5: laion/clap-htsat-unfused) never judges (A.10). Where the original
 code differs: we round nothing (laion_clap: to 16 bit; official CRPO: to three decimals, whose near

@@ -17,7 +17,7 @@ import importlib
 import math
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class Sampling(NamedTuple):
     """How latents are sampled; the names are those of the flags."""
     steps: int = 25
     guidance_scale: float = 3.0
-    solver: str = "euler"
+    solver: str | Callable = "euler"        # a name of SOLVERS, or a function as `euler`
     score: float | None = None              # what a model with a score head is asked for
     negative_prompt: str | None = None      # in the place of the empty text
 
@@ -191,7 +191,7 @@ def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sam
     """Sample one latent for each prompt: raw latents (B, L, C), float32 on the CPU.
     durations: seconds. indices: the i of (seed, i), default 0, 1, ... conditions: those of
     `encode_conditions`; model.text may then be None. noise (B, L, C): in the place of (seed, i).
-    sampling.solver: a name of SOLVERS, or a function. Raises UserError: a score without a head."""
+    Raises UserError if a score is asked without a head."""
     flow = quicken(model.flow)
     if sampling.score is not None and not flow.config.get("score_head"):
         raise UserError("--score needs a model with a score head: train_fm.py --score_column")
@@ -244,8 +244,9 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
     of batches whose rows are all in `done`: others keep their batch, on which bfloat16 depends."""
     text = load_model(name, device, parts=("text",)).text
     text.max_tokens = max_text_length or text.max_tokens
-    training = resolve(model_folder(name), "flow")[1].get("training")
-    if not (isinstance(training, dict) and training.get("data")):   # else it knows its own captions
+    training = resolve(model_folder(name), "text_encoder")[1].get("training")
+    # a text encoder that was trained as well (--train_text) has learned its captions' own words
+    if not (isinstance(training, dict) and training.get("train_text")):
         warn_of_unknown_words(text, [*prompts, sampling.negative_prompt or ""], EVENT_NAMES)
     conditions = encode_conditions(text, prompts, durations, sampling, batch_size)
     del text                                                # with FLAN-T5 a third of all memory

@@ -1,7 +1,7 @@
 """Train or fine-tune the flow: the velocity from noise to latents of captioned audio (paper A.5).
 
     python train_fm.py                      # a new toy model, on the world; again: it goes on
-    python train_fm.py --checkpoint checkpoints/toy/base --data my.jsonl --score_column score
+    python train_fm.py --checkpoint checkpoints/toy/clean --data my.jsonl --score_column score
     torchrun --nproc_per_node 5 train_fm.py --preset tangoflux --codec FOLDER --batch_size 16 \\
         --text_encoder google/flan-t5-large --data wavcaps.jsonl --epochs 80 \\
         --learning_rate 5e-4 --warmup_steps 2000 --t_mean 0                     # the paper's size

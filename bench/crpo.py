@@ -37,7 +37,8 @@ from train_fm import interpolate
 
 FLAGS = {"what is timed": [
     flag("--prompts", 48, "M", 2, 20000),
-    flag("--epochs", 24, "over the M pairs, one of a prompt", 1, 1e6),
+    flag("--num_samples", 5, "N, clips of each prompt (paper: 5)", 2, 1000),
+    flag("--epochs", 24, "passes over the pairs, one pair a prompt", 1, 1e6),
     flag("--official_steps", 50, "solver steps of the official way (official code: 50)", 1, 1000),
     flag("--repeats", 3, "rounds, after one to warm up", 1, 1000),
     flag("--checkpoint", str(BASE), "model folder"),
@@ -139,7 +140,8 @@ def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     check_writable(Path(args.out) / "bench_crpo.md")
     settings = parse_flags("", crpo.FLAGS, [], {
-        "prompts": args.prompts, "epochs": args.epochs, "checkpoint": args.checkpoint})
+        "prompts": args.prompts, "num_samples": args.num_samples, "epochs": args.epochs,
+        "checkpoint": args.checkpoint})
     settings.batch_size = min(settings.batch_size, args.prompts)
     settings.train_steps = math.ceil(args.epochs * args.prompts / settings.batch_size)
     model, clap = load_model(args.checkpoint), load_clap(REWARD)

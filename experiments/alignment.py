@@ -8,7 +8,8 @@
     python -m experiments.alignment progress --runs runs/crpo        # gains over clips generated
 
 Prints its tables and writes OUT/NAME.md, .json and pictures. Who judges, and how differences are
-tested: see evaluate.py. `room` and `methods` run crpo.py in --runs and go on where they stopped.
+tested: see evaluate.py. `room` and `methods` run crpo.py in --runs and go on where they stopped;
+`progress` reads finished runs.
 The truth as the reward is a diagnosis, no method: it tells what the reward overlooks from what the
 loss does not carry over. Letters: M prompts, N clips of each, S seeds.
 """
@@ -25,9 +26,9 @@ from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, as_clips, bootstr
                       change_table, fooled, gains, held_out_clips, read_judged, summary)
 from experiments.models import (best_of, best_of_table, candidates_of, guidance, recovered,
                                 short_name, truth)
-from lib.common import (ALIGNED, BASE, CLEAN, check_writable, choose_device, flag, markdown,
-                        parse_commands, picture, read_json, read_jsonl, run_main, write_jsonl,
-                        write_report)
+from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_device, flag,
+                        markdown, parse_commands, picture, read_json, read_jsonl, run_main,
+                        write_jsonl, write_report)
 from lib.text import number, tables
 from lib.weights import load_tensors
 from model import load_model
@@ -36,7 +37,7 @@ from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
 # settings of crpo.py by which each loss is run, at equal clips generated
-PAIRED = {"pairs_per_prompt": 3, "epochs": 10, "learning_rate": 3e-4}
+PAIRED = {"pairs_per_prompt": 3, "epochs": 10, "learning_rate": 1e-4}      # crpo.py's defaults
 ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
 METHODS = {
     "crpo": {"loss": "crpo", **PAIRED},
@@ -173,7 +174,9 @@ def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, dra
     """Bases, rewards and betas: the room of each, and what one iteration makes of it."""
     scenes = render_clips(World("val", pairs="all"), range(loop["prompts"]))[1]
     count = loop["num_samples"]
-    rooms, changes, rows = {}, {}, []
+    rooms = {}
+    changes = {}
+    rows = []
     for base in bases:
         name = short_name(base)
         model = load_model(base, device)
@@ -219,7 +222,10 @@ def methods(loop, base, losses, iterations, seeds, runs, draws, out, **_):
             finished[name].append((folder, judged_sets(folder, iterations)))
 
     # all seeds' last iterations against the base, what training cost, where hacking begins
-    last, changes, rows, curves = f"iteration {iterations}", {}, [], {}
+    last = f"iteration {iterations}"
+    changes = {}
+    rows = []
+    curves = {}
     for name, runs_of in finished.items():
         _, sets = runs_of[0]
         aligned = [judged[last] for _, judged in runs_of]
@@ -260,7 +266,7 @@ def hacks(runs, iterations):
 
 
 def draw_curves(path, curves, clips, levels, names=("judge", "exact")):
-    """Measures over `clips` generated (K,): a band over seeds for each of {label: summaries (K, S)},
+    """Measures over `clips` generated (K,): a band over seeds of each {label: summaries (K, S)},
     a line for each of {label: summary}."""
     with picture(path, 5.5, 4, len(names)) as axes:
         for axis, name in zip(axes or [], names):
@@ -282,8 +288,12 @@ def draw_curves(path, curves, clips, levels, names=("judge", "exact")):
 
 def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     """Finished runs of crpo.py, iteration by iteration, between base and clean: what more clips
-    bring. The slope is fitted to the means over seeds, per 1,000 clips."""
-    config = read_json(Path(runs[0]) / "config.json")
+    bring. The slope is a line through base and iterations, of means over seeds, per 1,000 clips."""
+    configs = [read_json(Path(run) / "config.json") for run in (*runs, *control)]
+    config = configs[0]
+    for name in ("iterations", "prompts", "num_samples", "eval_prompts"):
+        if any(other[name] != config[name] for other in configs):
+            raise UserError(f"the runs differ in --{name}: give runs of the same settings")
     iterations = config["iterations"]
     clips = np.arange(iterations + 1) * config["prompts"] * config["num_samples"]
     real = judged_sets(Path(runs[0]), iterations)["real"]
@@ -294,16 +304,19 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     levels = {"real scenes": summary(real, real),
               "true captions": summary(judges.judge(heard, scenes), real)}
 
-    curves, changes = {}, {}
+    curves = {}
+    changes = {}
     rows = [[name, *cells(level)] for name, level in levels.items()]
     for kind, folders in {"aligned": runs, "shuffled rewards": control}.items():
         sets = [judged_sets(Path(folder), iterations) for folder in folders]
-        for k, name in enumerate(["base", *list(sets[0])[2:]] if sets else []):
+        names = ["base", *[f"iteration {k}" for k in range(1, iterations + 1)]]
+        for k, name in enumerate(names if sets else []):
             label = f"{kind}, {clips[k]:,} clips"
             seeds = [each[name] for each in sets]
             points = [summary(judged, real) for judged in seeds]
             curves.setdefault(kind, []).append(points)
-            rows += [[label, *cells(point)] for point in points]
+            for run, point in enumerate(points):
+                rows.append([f"{label}, run {run}", *cells(point)])
             if k:
                 base = [each["base"] for each in sets]
                 changes[label] = gains(seeds, base, real, draws, seed)

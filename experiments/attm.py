@@ -86,7 +86,7 @@ SHARED = {
     "experts v1": Way("experts", "v1", None, "s"),
     "experts v1 as v2": Way("experts", "v1", "v2", "s"),
     "hybrid": Way("crpo", "v1", None, "s")}
-CHAIN = {"bundled base": Way("base"), "no score": Way("sft"), **SHARED,
+CHAIN = {"clean base": Way("base"), "no score": Way("sft"), **SHARED,
          "hybrid, noise 55": Way("crpo", "v1", None, "s", 55)}
 WEIGHTS = {
     **SHARED,
@@ -238,7 +238,9 @@ class Lab:
                          "tuning_steps": given.tuning_steps, "polish_steps": given.polish_steps,
                          "batch_size": given.batch_size}
             return self.trained(name, seed, expert_iteration.run, settings) / "round_1"
-        settings |= {"score_head": "v2", "iterations": 1, "eval_prompts": 2,
+        # as the tracked tables were made: crpo.py's own defaults are those of a weak base
+        settings |= {"score_head": "v2", "iterations": 1, "eval_prompts": 2, "num_samples": 5,
+                     "pairs_per_prompt": 1, "epochs": 24, "beta": 2000.0,
                      "prompts": given.crpo_prompts}
         return self.trained(name, seed, crpo.run, settings) / "iteration_1"
 

@@ -1,4 +1,4 @@
-"""Models side by side for experiments/alignment.py: the best of N clips, guidance, what is recovered.
+"""Models side by side, for experiments/alignment.py: best of N, guidance, what is recovered.
 
 Each table takes its flags by name and returns (paragraphs, numbers). M prompts, N clips of each.
 """
@@ -24,12 +24,12 @@ def short_name(source):
 
 # ----------------------------------------------------------------------------- best of N
 
-def best_of(scores):
-    """Index of each prompt's best clip: scores (M, N) -> (M,); the first of equals, never NaN."""
-    scores = np.asarray(scores, dtype=float)
-    if np.isnan(scores).all(1).any():
+def best_of(rewards):
+    """Index of each prompt's best clip: rewards (M, N) -> (M,); the first of equals, never NaN."""
+    rewards = np.asarray(rewards, dtype=float)
+    if np.isnan(rewards).all(1).any():
         raise UserError("all rewards of a prompt are NaN; is its audio silent?")
-    return np.nanargmax(scores, axis=1)
+    return np.nanargmax(rewards, axis=1)
 
 
 def candidates_of(judges, model, scenes, count, sampler):
@@ -49,7 +49,8 @@ def truth(tallies):
 
 
 def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
-    """The reward chooses among N clips; judge and truth say if it helps -> tables, numbers."""
+    """The reward chooses among N clips; judge and truth say if it helps -> tables, numbers.
+    In the last row the truth chooses: that is the ceiling."""
     most = max(counts)
     candidates = candidates_of(judges, model, scenes, most, sampler)
     rewards = candidates["reward"].reshape(len(scenes), most)                           # (M, N)
@@ -57,8 +58,8 @@ def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
     for count in counts:
         chosen = np.arange(0, rewards.size, most) + best_of(rewards[:, :count])
         found[f"best of {count}"] = {name: each[chosen] for name, each in candidates.items()}
-    right = truth(candidates["tally"]).reshape(rewards.shape)
-    chosen = np.arange(0, rewards.size, most) + best_of(right)
+    truths = truth(candidates["tally"]).reshape(rewards.shape)                          # (M, N)
+    chosen = np.arange(0, rewards.size, most) + best_of(truths)
     found[f"best of {most} by truth"] = {name: each[chosen] for name, each in candidates.items()}
     return compare(found, f"best of {min(counts)}", draws, sampler.seed)
 
@@ -72,7 +73,7 @@ def best_of_table(judges, device, sampler, checkpoint, counts, prompts, pairs, d
 
 # ----------------------------------------------------------------------------- guidance
 
-def at(sampler, scale):
+def with_guidance(sampler, scale):
     """The sampler at another guidance scale."""
     return sampler._replace(sampling=sampler.sampling._replace(guidance_scale=scale))
 
@@ -81,12 +82,14 @@ def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
     """Each model over guidance scales: judge and exact scenes against the Frechet distance."""
     clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
     found = {"real": judges.judge(clips, scenes)}
-    rows, fronts = [], {}
+    rows = []
+    fronts = {}
     for source in models:
         model, name = load_model(source, device), short_name(source)
         for scale in scales:
             key = f"{name} at {scale:g}"
-            found[key] = judges.judge(sampled(model, scenes, at(sampler, scale))[0], scenes)
+            clips, _ = sampled(model, scenes, with_guidance(sampler, scale))
+            found[key] = judges.judge(clips, scenes)
             front = summary(found[key], found["real"])
             fronts.setdefault(name, []).append(front)
             rows.append([key, *cells(front)])
@@ -120,7 +123,8 @@ SHARES = ("judge", "exact", "order", "f1", "count")
 
 
 def share(name, models, real, rows):
-    """(aligned - base) / (clean - base) of a measure, over some rows of the prompts."""
+    """(aligned - base) / (clean - base) of a measure, over some rows of the prompts; NaN where
+    base and clean are equal."""
     base = measure(name, models["base"], real, rows)
     aligned = measure(name, models["aligned"], real, rows)
     clean = measure(name, models["clean"], real, rows)
@@ -145,7 +149,8 @@ def recovered(judges, device, sampler, base, clean, aligned, control, scales, pr
         raise UserError("--clean must name the model that learned from true captions, not the base")
     clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
     real = judges.judge(clips, scenes)
-    first, second = at(sampler, scales[0]), at(sampler, scales[1])
+    first = with_guidance(sampler, scales[0])
+    second = with_guidance(sampler, scales[1])
     models = {"base": judged_models(judges, [base], scenes, first, device),
               "clean": judged_models(judges, [clean], scenes, first, device),
               "aligned": judged_models(judges, aligned, scenes, second, device),
@@ -165,7 +170,8 @@ def recovered(judges, device, sampler, base, clean, aligned, control, scales, pr
     for ours, theirs in pairs:
         if models[ours] and models[theirs]:
             changes[f"{ours} - {theirs}"] = gains(models[ours], models[theirs], real, draws, seed)
-    shares, table = {}, []
+    shares = {}
+    table = []
     for name in SHARES:
         share_of = partial(share, name, models, real)
         low, high = bootstrap(share_of, prompts, draws, seed)

@@ -1,4 +1,4 @@
-"""What the bundled model can do, in tables.
+"""What the clean model can do, in tables.
 
     python -m experiments.toy scenes      # unseen pairs of events: F1, order, exact scenes
     python -m experiments.toy codec       # what VAE and vocoder keep: events, log-mels

@@ -15,7 +15,6 @@ import html
 import itertools
 import json
 import os
-import random
 import re
 import textwrap
 import warnings
@@ -28,8 +27,8 @@ import torch
 from torch.nn.functional import avg_pool1d, conv1d, interpolate, max_pool1d, pad
 from tqdm import tqdm
 
-from lib.common import (UserError, atomic_path, check_writable, flag, need, parse_flags, picture,
-                        reading, run_main, warn, write_text)
+from lib.common import (UserError, atomic_path, check_writable, flag, generator, need, parse_flags,
+                        picture, reading, run_main, warn, write_text)
 
 FLAGS = {"loudness": [
     flag("files", None, "sound files", nargs="+"),
@@ -307,8 +306,8 @@ def write_clips(out, column, clips, asked, rate, count=8):
 
 
 def listening_page(path, columns, prompts, blind=False, title="The same prompts side by side"):
-    """A page with a row a prompt, a column for each {name: [paths of WAV files]}; blind: each row
-    in an order of its own, the names behind a click."""
+    """Write the page `path`: a row for each prompt, a column for each {name: [paths of WAV files]}.
+    blind: each row has an order of its own, and the names are behind a click."""
     names = ["?"] * len(columns) if blind else list(columns)
     lines = [f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1>",
              "<table border=1 cellpadding=6><tr><th>prompt"]
@@ -316,9 +315,10 @@ def listening_page(path, columns, prompts, blind=False, title="The same prompts 
     for prompt, *paths in zip(prompts, *columns.values()):
         lines.append(f"<tr><td>{html.escape(prompt)}")
         players = list(zip(columns, paths))
-        if blind:
-            random.Random(prompt).shuffle(players)
-        for name, wav in players:
+        order = range(len(players))
+        if blind:                               # an order that the prompt decides
+            order = torch.randperm(len(players), generator=generator("blind", prompt)).tolist()
+        for name, wav in (players[k] for k in order):
             source = html.escape(os.path.relpath(wav, Path(path).parent))
             lines.append(f'<td><audio controls src="{source}"></audio>')
             if blind:

@@ -28,9 +28,9 @@ import torch
 
 fcntl = importlib.util.find_spec("fcntl") and importlib.import_module("fcntl")  # not on Windows
 HERE = Path(__file__).resolve().parents[1]                  # the repository
-CLEAN = HERE / "checkpoints/toy/clean"      # what sample.py takes; it learned from true captions,
-BASE = HERE / "checkpoints/toy/base"        # and went on under weak ones: where crpo.py starts
-ALIGNED = HERE / "checkpoints/toy/aligned"  # what crpo.py made of it
+CLEAN = HERE / "checkpoints/toy/clean"      # learned from true captions: sample.py's default
+BASE = HERE / "checkpoints/toy/base"        # CLEAN after weak captions: crpo.py's default
+ALIGNED = HERE / "checkpoints/toy/aligned"  # BASE after crpo.py: evaluate.py's default
 
 
 # ----------------------------------------------------------------------------- errors

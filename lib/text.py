@@ -157,7 +157,7 @@ def warn_of_unknown_words(text, prompts, sounds):
         shown.append(f"{word[:40]} (did you mean {near[0]}?)" if near else word[:40])
     if shown:
         warn(f"this model has no words for: {', '.join(shown)}. They stand in "
-             f"{', '.join(holders)}. The bundled one knows these sounds: {', '.join(sounds)}. "
+             f"{', '.join(holders)}. The bundled ones know these sounds: {', '.join(sounds)}. "
              "For all else: --checkpoint declare-lab/TangoFlux")
 
 

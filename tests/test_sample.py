@@ -273,7 +273,7 @@ def test_odd_prompts_warn(folder, tmp_path, capsys):
     assert len(list(tmp_path.glob("*.wav"))) == 5
     own = shutil.copytree(folder, tmp_path / "own")                 # fine-tuned on captions with these words
     config = json.loads((own / "config.json").read_text())
-    (own / "config.json").write_text(json.dumps({**config, "training": {"data": "zoo.jsonl"}}))
+    (own / "config.json").write_text(json.dumps({**config, "training": {"train_text": True}}))
     run(own, "--prompt", "a zebra", "--output", tmp_path / "zoo")
     assert "no words for" not in capsys.readouterr().err
 
