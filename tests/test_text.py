@@ -56,7 +56,7 @@ def test_long_prompts_are_cut_and_unknown_words_told(encoder, capsys):
     warn_of_unknown_words(encoder, ["a Violin, then zebra; rain", "& zebra 雨 🎻! and beeps"], ["rain"])
     told = capsys.readouterr().err
     assert 'no words for: zebra, 雨, 🎻. They stand in "a Violin, then zebra; rain", "& zebra 雨 🎻! and beeps".' in told
-    assert "The bundled one knows these sounds: rain." in told and "mean" not in told
+    assert "The bundled ones know these sounds: rain." in told and "mean" not in told
     warn_of_unknown_words(encoder, ["rain", "a Viollin and rein", "a viol"], ["rain"])
     told = capsys.readouterr().err
     assert "no words for: Viollin (did you mean violin?), rein (did you mean rain?), viol (did you mean violin?)." in told
