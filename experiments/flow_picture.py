@@ -16,7 +16,7 @@ from sample import guided_velocity, noise_for, schedule
 
 FLAGS = {"what to draw": [
     flag("--prompt", "a violin followed by rain", "what to hear"),
-    flag("--checkpoint", CLEAN, "model folder", kind=str),
+    flag("--checkpoint", str(CLEAN), "model folder"),
     flag("--seed", 0, "of the noise", 0, 2 ** 62),
     flag("--steps", 24, "solver steps (paper 3.3: 50)", 6, 1000),
     flag("--out", "docs/flow.png", "the picture"),
