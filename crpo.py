@@ -18,9 +18,9 @@ Where paper and official code differ, we do this:
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
     prompt and clip has noise of its own (code: the same N noises, always);
   - three pairs of a prompt's 8 clips (paper: one of 5: --pairs_per_prompt 1 --num_samples 5);
-  - the duration embedder is trained, too; gradients are clipped; T5 has no dropout; condition
-    dropout is kept (code: none); weights are averaged, the average goes on (paper: raw, --ema 0);
-  - the rate decays to 0, as the code (A.5 names a warm-up only).
+  - weights are averaged; the average goes on, some of the way back to --checkpoint (paper: raw
+    weights, --ema 0 --pull 0); gradients are clipped; T5 has no dropout, conditions have (code:
+    none); the duration embedder is trained, too; the rate decays to 0 (A.5: warm-up only).
 A score head samples at --score, and learns under it (second paper, III-D d: Eq. 1 is this loss).
 M prompts, N clips of each, P pairs (B in a step), L latent frames, C channels, S text tokens.
 """
@@ -46,15 +46,15 @@ from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_f
                         stop_on_signal, whole_blocks, write_json, write_jsonl, write_report)
 from lib.fast import quicken
 from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
-from lib.text import concat_conditions, null_score
+from lib.text import null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
                          run_folder, save_state, save_tensors, set_rate, trainable, trim_log,
                          update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
 from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
-from sample import Sampling, decode, default_duration, guide, sample_latents
-from train_fm import Batch, epoch_order, interpolate, logit_normal_t, no_text, text_condition
+from sample import Sampling, decode, default_duration, sample_latents
+from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from vae import encode_pairs
 from world.scenes import World, render_clips
 
@@ -97,10 +97,10 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
     flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
-    flag("--epochs", 10, "passes over the rows of an iteration (paper: 8)", 1),
+    flag("--epochs", 5, "passes over the rows of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
     flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
-    flag("--learning_rate", 1e-4, "peak learning rate (paper: 1e-5)", 0),
+    flag("--learning_rate", 1.5e-4, "peak learning rate (paper: 1e-5)", 0),
     flag("--warmup_steps", 10, "steps to the peak, at most a quarter of all (paper: 100)", 0),
     flag("--decay", True, "linear decay of the rate to 0 (official: the same)"),
     flag("--beta1", 0.9, "beta1 of AdamW (paper: 0.9)", 0, 0.99999),
@@ -108,6 +108,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--weight_decay", 0.01, "weight decay of AdamW (official: 0.01)", 0),
     flag("--clip", 1.0, "largest gradient norm; 0: no clipping (official: none)", 0),
     flag("--ema", 0.99, "decay of the averaged weights, which go on (paper: raw, 0)", 0, 1),
+    flag("--pull", 0.1, "way back to --checkpoint after each iteration (paper: 0)", 0, 1),
 ], "sampler": [
     flag("--steps", 10, "solver steps: as good as 100 for the toy (paper 3.3: 50)", 1),
     flag("--guidance_scale", 3.0, "classifier-free guidance (paper 3.3: 4.5)", 0),
@@ -131,29 +132,21 @@ NOISE = "evaluation 7"  # seed of the held-out clips: no candidates have it, wha
 
 Loss = namedtuple("Loss", "loss beta half reduction fm_weight safeguard shared_noise "
                   "t_distribution t_mean dropout score score_dropout "
-                  "advantage_slope nft_beta kl_weight sde_noise clip_range steps guidance_scale")
+                  "advantage_slope nft_beta kl_weight sde_noise clip_range steps")
 Optimisation = namedtuple("Optimisation", "epochs batch_size micro_batch learning_rate "
-                          "warmup_steps decay beta1 beta2 weight_decay clip ema dtype score_head "
-                          "log_every save_every")
+                          "warmup_steps decay beta1 beta2 weight_decay clip ema pull dtype "
+                          "score_head checkpoint log_every save_every")
 Training = namedtuple("Training", "flow reference encoder pairs loss micro_batch device autocast")
 
 
 # ----------------------------------------------------------------------------- a step
 
-def two_velocities(flow, reference, xt, t, condition, null=None, guidance_scale=1.0):
-    """Velocities (B, L, C) of policy and frozen reference, guided if there is a null condition."""
-    if null is not None:
-        xt, t, condition = torch.cat([xt, xt]), t.repeat(2), concat_conditions(null, condition)
-    velocities = []
+def two_velocities(flow, reference, xt, t, condition):
+    """Velocities (B, L, C) of policy and frozen reference."""
     # no torch.no_grad(): it picks another attention kernel, and in bfloat16 the reference would
     # differ from an identical policy
-    for network in (flow, reference):
-        velocity = network.velocity(xt, t, condition)
-        if null is not None:
-            uncond, cond = velocity.chunk(2)                                    # (B, L, C) each
-            velocity = guide(cond, uncond, guidance_scale)
-        velocities.append(velocity)
-    return velocities[0], velocities[1].detach()
+    old = reference.velocity(xt, t, condition).detach()
+    return flow.velocity(xt, t, condition), old
 
 
 def draw_rows(data, positions, loss, seed, device):
@@ -200,15 +193,12 @@ def piece_loss(training, parameters, seed, count, positions):
     batch, advantage = draw_rows(data, positions, loss, seed, device)
     with torch.set_grad_enabled(len(parameters) > 0), autocast():
         condition = text_condition(encoder, batch)
-        null = None
-        if loss.loss != "grpo":
+        if loss.loss == "grpo":                 # x_1 are paths
+            xt, target, t = path_step(batch.x1, batch.t)
+        else:
             t = batch.t
             xt, target = interpolate(batch.x1, batch.x0, t)
-        else:                                   # x_1 are paths, of guided steps
-            xt, target, t = path_step(batch.x1, batch.t)
-            if loss.guidance_scale != 1:
-                null = text_condition(encoder, no_text(batch))
-        both = two_velocities(flow, reference, xt, t, condition, null, loss.guidance_scale)
+        both = two_velocities(flow, reference, xt, t, condition)
         mean, parts = LOSSES[loss.loss](*both, xt, target, t, advantage.to(device), loss)
         part = mean * (len(positions) / count)
         gradients = torch.autograd.grad(part, parameters) if parameters else []
@@ -266,7 +256,7 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     loss = with_defaults(loss, *pairs["mean"].shape[-2:])
     settings = {"seed": seed, "warmup": warmup, "policy": policy_hash(policy),
                 **loss._asdict(), "sampler_steps": loss.steps, **how._asdict(), "steps": steps,
-                "log_every": 0, "save_every": 0}
+                "checkpoint": policy_hash(how.checkpoint), "log_every": 0, "save_every": 0}
     autocast = autocast_for(how.dtype, device)
     training = Training(flow, reference, model.text, pairs, loss, how.micro_batch, device, autocast)
     step, minutes = load_state(folder, parameters, optimizer, average, settings)
@@ -301,8 +291,15 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
             if stopped:
                 break
 
+    # the averaged weights, some of the way back to --checkpoint: one's own clips make drift
+    base = reference
+    if str(policy) != str(how.checkpoint):
+        base = load_policy(how.checkpoint, device, how.score_head).flow
+    pulled = {name: torch.lerp(start.detach(), average[name], 1 - how.pull)
+              for name, start in base.named_parameters()}
+    copy_weights(parameters, pulled)
+
     # the losses over all pairs, and the model; it links to the other parts of a local one
-    copy_weights(parameters, average)
     flow.eval()
     training = training._replace(loss=loss._replace(dropout=0.0, score_dropout=0.0))
     losses = loss_and_gradients(training, [], range(len(rows)), report_seed)
@@ -316,10 +313,10 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
 
 # ----------------------------------------------------------------------------- prompts to pairs
 
-def sampler_of(flags, solver="euler"):
-    """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C); solver: see
-    Sampling."""
-    sampling = Sampling(flags.steps, flags.guidance_scale, solver, flags.score)
+def sampler_of(flags, **others):
+    """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C); others: Sampling's
+    fields, in the place of the flags."""
+    sampling = Sampling(flags.steps, flags.guidance_scale, score=flags.score)._replace(**others)
     return partial(sample_latents, sampling=sampling, batch_size=flags.generation_batch)
 
 
@@ -368,13 +365,15 @@ def make_candidates(folder, model, rows, seed, sampler, save_clips):
 def score_candidates(folder, model, rows, latents, scorers, origin, save_clips):
     """scores.jsonl: rows, `origin` (seed, policy), index, scores; scorers: {name: a CLAP, ...}."""
     path, rate = folder / "scores.jsonl", model.codec.sampling_rate
+    draft = copy.copy(model.codec)
+    draft.griffin_lim_steps = 4     # of 24: rewards correlate at 0.995
     latents = latents[:, -1] if latents.ndim == 4 else latents              # of paths the end
     scored = whole_blocks(path, save_clips, len(rows))
     starts = range(len(scored), len(rows), save_clips)
     for start in tqdm(starts, "scoring", unit=f" x {save_clips}"):
         block = slice(start, start + save_clips)
         prompts, durations = zip(*[(row["prompt"], row["duration"]) for row in rows[block]])
-        audios = decode(model.codec, latents[block], durations)
+        audios = decode(draft, latents[block], durations)
         scores = [scorer.scores(audios, rate, prompts).tolist() for scorer in scorers.values()]
         for row, values in zip(rows[block], zip(*scores)):
             scored.append({**row, **origin, "index": len(scored), **dict(zip(scorers, values))})
@@ -408,8 +407,9 @@ def run(command="crpo.run(...)", **settings):
         judges = Judges(args.reward, args.judge, args.tagger, device)
         sampler = sampler_of(args)
         candidates = sampler
-        if args.loss == "grpo":
-            candidates = sampler_of(args, partial(noisy_path, noise=args.sde_noise))
+        if args.loss == "grpo":         # paths, of the policy as it is trained: without guidance
+            noisy = partial(noisy_path, noise=args.sde_noise)
+            candidates = sampler_of(args, solver=noisy, guidance_scale=1.0)
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)

@@ -146,12 +146,6 @@ class Batch(NamedTuple):
     score: torch.Tensor | None = None   # (B,) NaN = none; None: a flow without scores
 
 
-def no_text(batch):
-    """The batch with all texts dropped, and with them the scores: guidance's null."""
-    score = None if batch.score is None else null_score(batch.score)
-    return batch._replace(dropped=torch.ones_like(batch.dropped), score=score)
-
-
 def text_condition(encoder, batch, null="empty_prompt"):
     """Condition of a batch; dropped rows get T5("") padded to their own length, as in guidance."""
     lengths = batch.mask.sum(1)                                                 # (B,)

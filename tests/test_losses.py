@@ -259,7 +259,7 @@ def test_each_row_keeps_its_own_prompt_seconds_clips_and_advantages():
 
 
 def test_the_policy_of_grpo_is_the_one_that_made_the_paths(claps, tmp_path, monkeypatch):       # noqa: F811
-    """Guided, under the prompt: what a step added to its mean is standard noise."""
+    """Under the prompt, without guidance: what a step added to its mean is standard noise."""
     seen, original = [], losses.LOSSES["grpo"]
 
     def spy(velocity, old, xt, target, t, A, how):
