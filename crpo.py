@@ -3,7 +3,6 @@
     python crpo.py                                  # the bundled base model, 5 iterations, on a CPU
     python crpo.py --iterations 1 --prompts 64 --eval_prompts 64 --out runs/small    # some minutes
     python crpo.py --offline --loss dpo --out runs/dpo         # L_DPO-FM, the base's pairs (Fig. 2)
-    python crpo.py --loss nft --out runs/nft                   # other losses: see lib/losses.py
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)
 
 Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where it is found: a killed
@@ -18,9 +17,9 @@ Where paper and official code differ, we do this:
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
     prompt and clip has noise of its own (code: the same N noises, always);
   - three pairs of a prompt's 8 clips (paper: one of 5: --pairs_per_prompt 1 --num_samples 5);
-  - weights are averaged; the average goes on, some of the way back to --checkpoint (paper: raw
-    weights, --ema 0 --pull 0); gradients are clipped; T5 has no dropout, conditions have (code:
-    none); the duration embedder is trained, too; the rate decays to 0 (A.5: warm-up only).
+  - weights are averaged, the average goes on (paper: raw, --ema 0); the last model is pulled back
+    a bit to the first (paper: --pull 0); gradients are clipped; T5 has no dropout, conditions have
+    (code: none); the duration embedder is trained, too; the rate decays to 0 (A.5: warm-up only).
 A score head samples at --score, and learns under it (second paper, III-D d: Eq. 1 is this loss).
 M prompts, N clips of each, P pairs (B in a step), L latent frames, C channels, S text tokens.
 """
@@ -41,9 +40,9 @@ from tqdm import tqdm
 from data import read_pairs, read_prompts
 from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
-                        choose_device, flag, generator, parse_flags, pick, read_json,
-                        read_jsonl, reading, relative_to_here, run_main, side_by_side,
-                        stop_on_signal, whole_blocks, write_json, write_jsonl, write_report)
+                        choose_device, flag, generator, parse_flags, pick, read_json, read_jsonl,
+                        reading, relative_to_here, run_main, side_by_side, stop_on_signal,
+                        whole_blocks, write_json, write_jsonl, write_report)
 from lib.fast import quicken
 from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
 from lib.text import null_score
@@ -53,7 +52,7 @@ from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learn
                          update_average)
 from model import SCORE_HEADS, load_model, save_model, with_score_head
 from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
-from sample import Sampling, decode, default_duration, sample_latents
+from sample import decode, default_duration, sampler_of
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
 from vae import encode_pairs
 from world.scenes import World, render_clips
@@ -75,8 +74,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
-    flag("--safeguard", None, "mu: losers may not raise the winners' error (Diffusion-SDPO: 0.9)",
-         0, 1, kind=float),
+    flag("--safeguard", None, "mu: holds losers back (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
     flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1; 0: L_DPO-FM alone)", 0),
@@ -97,10 +95,10 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
     flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
-    flag("--epochs", 5, "passes over the rows of an iteration (paper: 8)", 1),
+    flag("--epochs", 10, "passes over the rows of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
     flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
-    flag("--learning_rate", 1.5e-4, "peak learning rate (paper: 1e-5)", 0),
+    flag("--learning_rate", 1e-4, "peak learning rate (paper: 1e-5)", 0),
     flag("--warmup_steps", 10, "steps to the peak, at most a quarter of all (paper: 100)", 0),
     flag("--decay", True, "linear decay of the rate to 0 (official: the same)"),
     flag("--beta1", 0.9, "beta1 of AdamW (paper: 0.9)", 0, 0.99999),
@@ -108,7 +106,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--weight_decay", 0.01, "weight decay of AdamW (official: 0.01)", 0),
     flag("--clip", 1.0, "largest gradient norm; 0: no clipping (official: none)", 0),
     flag("--ema", 0.99, "decay of the averaged weights, which go on (paper: raw, 0)", 0, 1),
-    flag("--pull", 0.1, "way back to --checkpoint after each iteration (paper: 0)", 0, 1),
+    flag("--pull", 0.2, "share of the way back to --checkpoint, at the end (paper: 0)", 0, 1),
 ], "sampler": [
     flag("--steps", 10, "solver steps: as good as 100 for the toy (paper 3.3: 50)", 1),
     flag("--guidance_scale", 3.0, "classifier-free guidance (paper 3.3: 4.5)", 0),
@@ -126,7 +124,8 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--log_every", 1, "steps between rows of log.jsonl", 1),
     flag("--save_every", 25, "steps between saves", 1),
     flag("--save_clips", 64, "clips sampled or scored between saves", 1), DTYPE, DEVICE]}
-FREE = {"iterations", "out", "device", "log_every", "save_every", "debug"}  # a run may change these
+FREE = {"iterations", "out", "device", "log_every", "save_every", "debug",  # a run may change these
+        "checkpoint", "reward", "judge", "tagger"}      # these are compared by their hashes
 HELD_OUT = 50000        # first validation scene used: none that chose thresholds or the base
 NOISE = "evaluation 7"  # seed of the held-out clips: no candidates have it, whatever --seed is
 
@@ -134,8 +133,8 @@ Loss = namedtuple("Loss", "loss beta half reduction fm_weight safeguard shared_n
                   "t_distribution t_mean dropout score score_dropout "
                   "advantage_slope nft_beta kl_weight sde_noise clip_range steps")
 Optimisation = namedtuple("Optimisation", "epochs batch_size micro_batch learning_rate "
-                          "warmup_steps decay beta1 beta2 weight_decay clip ema pull dtype "
-                          "score_head checkpoint log_every save_every")
+                          "warmup_steps decay beta1 beta2 weight_decay clip ema dtype score_head "
+                          "log_every save_every")
 Training = namedtuple("Training", "flow reference encoder pairs loss micro_batch device autocast")
 
 
@@ -143,8 +142,7 @@ Training = namedtuple("Training", "flow reference encoder pairs loss micro_batch
 
 def two_velocities(flow, reference, xt, t, condition):
     """Velocities (B, L, C) of policy and frozen reference."""
-    # no torch.no_grad(): it picks another attention kernel, and in bfloat16 the reference would
-    # differ from an identical policy
+    # no torch.no_grad(): by another attention kernel an identical policy would differ in bfloat16
     old = reference.velocity(xt, t, condition).detach()
     return flow.velocity(xt, t, condition), old
 
@@ -256,7 +254,7 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     loss = with_defaults(loss, *pairs["mean"].shape[-2:])
     settings = {"seed": seed, "warmup": warmup, "policy": policy_hash(policy),
                 **loss._asdict(), "sampler_steps": loss.steps, **how._asdict(), "steps": steps,
-                "checkpoint": policy_hash(how.checkpoint), "log_every": 0, "save_every": 0}
+                "log_every": 0, "save_every": 0}
     autocast = autocast_for(how.dtype, device)
     training = Training(flow, reference, model.text, pairs, loss, how.micro_batch, device, autocast)
     step, minutes = load_state(folder, parameters, optimizer, average, settings)
@@ -291,15 +289,8 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
             if stopped:
                 break
 
-    # the averaged weights, some of the way back to --checkpoint: one's own clips make drift
-    base = reference
-    if str(policy) != str(how.checkpoint):
-        base = load_policy(how.checkpoint, device, how.score_head).flow
-    pulled = {name: torch.lerp(start.detach(), average[name], 1 - how.pull)
-              for name, start in base.named_parameters()}
-    copy_weights(parameters, pulled)
-
     # the losses over all pairs, and the model; it links to the other parts of a local one
+    copy_weights(parameters, average)
     flow.eval()
     training = training._replace(loss=loss._replace(dropout=0.0, score_dropout=0.0))
     losses = loss_and_gradients(training, [], range(len(rows)), report_seed)
@@ -311,14 +302,15 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     return losses
 
 
+def pull_back(folder, policy, checkpoint, pull, score_head, device):
+    """The model in `policy`, `pull` of the way back to `checkpoint`, goes to the model folder
+    `folder`: on that way drift goes first, what was learned stays (WiSE-FT, arXiv 2109.01903)."""
+    flow, base = (load_policy(each, device, score_head).flow for each in (policy, checkpoint))
+    update_average(dict(flow.named_parameters()), dict(base.named_parameters()), 1 - pull)
+    save_model(folder, flow, references=links(policy, folder))
+
+
 # ----------------------------------------------------------------------------- prompts to pairs
-
-def sampler_of(flags, **others):
-    """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C); others: Sampling's
-    fields, in the place of the flags."""
-    sampling = Sampling(flags.steps, flags.guidance_scale, score=flags.score)._replace(**others)
-    return partial(sample_latents, sampling=sampling, batch_size=flags.generation_batch)
-
 
 def prompt_pool(prompt_file, size, count, max_duration):
     """What `count` prompts are drawn from: rows of a file, or of `size` training scenes."""
@@ -393,7 +385,7 @@ def begin(path, command, flags, policy, judges):
         started = read_json(path, dict)
         check_settings(path.parent, started, wanted)
     wanted["noise"] = started.get("noise", started.get("evaluation_seed"))  # of the first edition
-    write_json(path, {"command": command, **wanted, "iterations": flags.iterations})
+    write_json(path, {"command": command, **vars(flags), **wanted})
     return wanted
 
 
@@ -406,10 +398,10 @@ def run(command="crpo.run(...)", **settings):
     with run_folder(out, "crpo.py"):
         judges = Judges(args.reward, args.judge, args.tagger, device)
         sampler = sampler_of(args)
-        candidates = sampler
+        explorer = sampler
         if args.loss == "grpo":         # paths, of the policy as it is trained: without guidance
             noisy = partial(noisy_path, noise=args.sde_noise)
-            candidates = sampler_of(args, solver=noisy, guidance_scale=1.0)
+            explorer = sampler_of(args, solver=noisy, guidance_scale=1.0)
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)
@@ -430,12 +422,18 @@ def run(command="crpo.run(...)", **settings):
             pool = prompt_pool(args.prompt_file, args.pool, args.prompts, longest)
         config = begin(out / "config.json", command, args, policy_hash(policy), judges)
 
-        # who is judged: real scenes, the base, every iteration
+        # who is judged, on the same scenes: real ones, the base, every iteration, the result
         places = range(HELD_OUT, HELD_OUT + args.eval_prompts)
         clips, scenes = render_clips(World("val", pairs="all"), places)
-        found = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes)}
-        clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-        found["base"] = judged(out / "base.safetensors", judges, clips_of, scenes)
+        def heard(model, path):
+            clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
+            return judged(path, judges, clips_of, scenes)
+        def report():
+            paragraphs, numbers = compare(found, "base", draws=200)
+            write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
+            return numbers
+        found = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes),
+                 "base": heard(model, out / "base.safetensors")}
         warnings = []
 
         for k in range(1, args.iterations + 1):
@@ -453,8 +451,7 @@ def run(command="crpo.run(...)", **settings):
                     # prompts, N candidates of each, their rewards
                     prompts = draw_prompts(source, pool, args.prompts, args.seed, k)
                     asked = [row for row in prompts for _ in range(args.num_samples)]   # M N rows
-                    latents = make_candidates(source, model, asked, seed, candidates,
-                                              args.save_clips)
+                    latents = make_candidates(source, model, asked, seed, explorer, args.save_clips)
                     origin = {"seed": seed, "checkpoint": policy_hash(policy)}
                     scored = score_candidates(source, model, asked, latents,
                                               {"reward": judges.reward}, origin, args.save_clips)
@@ -477,22 +474,25 @@ def run(command="crpo.run(...)", **settings):
             # what the judges say of it
             policy, before = str(folder), list(found.values())[-1]
             model = load_policy(policy, device, args.score_head, args.generation_batch)
-            clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-            found[name] = judged(folder / "heard.safetensors", judges, clips_of, scenes)
+            found[name] = heard(model, folder / "heard.safetensors")
             warnings += alarms(name, read_json(folder / "report.json"), before, found[name])
-            paragraphs, numbers = compare(found, "base", draws=200)
-            write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
-        return numbers
+            report()
+
+        # the result: the last policy, pulled back a bit
+        folder = out / "aligned"
+        pull_back(folder, policy, args.checkpoint, args.pull, args.score_head, device)
+        model = load_policy(folder, device, args.score_head, args.generation_batch)
+        found["aligned"] = heard(model, folder / f"heard_{args.iterations}.safetensors")
+        return report()
 
 
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     words = sys.argv[1:] if argv is None else argv
     run(f"python crpo.py {shlex.join(words)}", **vars(args))
-    last = 1 if args.pairs else args.iterations
     before = relative_to_here(args.checkpoint)
-    print(f"wrote {args.out}: crpo.md, iteration_1 to {last}: models, pairs, scores\nnext: python "
-          f"evaluate.py --checkpoint {args.out}/iteration_{last} --against {before}")
+    print(f"wrote {args.out}: crpo.md, a folder for each iteration, and the result, aligned\nnext: "
+          f"python evaluate.py --checkpoint {args.out}/aligned --against {before}")
 
 
 if __name__ == "__main__":

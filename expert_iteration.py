@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 import train_fm
-from crpo import (draw_prompts, load_policy, make_candidates, prompt_pool, sampler_of,
-                  score_candidates)
+from crpo import draw_prompts, load_policy, make_candidates, prompt_pool, score_candidates
 from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device,
                         derive_seed, file_hash, flag, parse_flags, read_json, read_jsonl,
                         reading, run_main, write_json, write_jsonl)
 from lib.weights import code_hash, policy_hash, run_folder, save_tensors
 from ranker import TrainedRanker
 from reward import REWARD, load_clap
+from sample import sampler_of
 
 FLAGS = {"what it starts from": [
     flag("--checkpoint", "runs/score", "model with a score head (train_fm.py --score_column)"),

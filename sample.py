@@ -213,6 +213,13 @@ def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sam
     return torch.cat(latents)       # made outside of inference_mode: usable as training data
 
 
+def sampler_of(flags, **others):
+    """sampler(model, prompts, durations, seed, indices) -> latents (B, L, C), by a script's flags;
+    others: Sampling's fields, in their place."""
+    sampling = Sampling(flags.steps, flags.guidance_scale, score=flags.score)._replace(**others)
+    return partial(sample_latents, sampling=sampling, batch_size=flags.generation_batch)
+
+
 # ----------------------------------------------------------------------------- latents -> audio
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from lib.text import concat_conditions, encode_prompts, null_condition
 from lib.weights import make_optimizer, set_rate, trainable
 from model import load_model
 from reward import REWARD, load_clap, make_pairs, pairs_of
-from sample import decode, euler, guided_velocity, noise_for, schedule
+from sample import decode, euler, guided_velocity, noise_for, sampler_of, schedule
 from train_fm import interpolate
 
 FLAGS = {"what is timed": [
@@ -52,7 +52,7 @@ def ours(folder, model, clap, prompts, settings, steps):
     clock = Clock()
     count, block = settings.num_samples, settings.save_clips
     rows = [row for row in prompts for _ in range(count)]
-    sampler = crpo.sampler_of(settings)
+    sampler = sampler_of(settings)
     latents = crpo.make_candidates(folder, model, rows, 0, sampler, block)
     clock("generate")
     scored = crpo.score_candidates(folder, model, rows, latents, {"reward": clap}, {}, block)

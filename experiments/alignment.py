@@ -4,7 +4,7 @@
     python -m experiments.alignment room
     python -m experiments.alignment methods --losses crpo nft control --seeds 0 1 2
     python -m experiments.alignment guidance                # base and aligned over guidance 1 to 6
-    python -m experiments.alignment recovered --aligned runs/crpo/iteration_5
+    python -m experiments.alignment recovered --aligned runs/crpo/aligned
     python -m experiments.alignment progress --runs runs/crpo        # gains over clips generated
 
 Prints its tables and writes OUT/NAME.md, .json and pictures. Who judges, and how differences are
@@ -32,12 +32,12 @@ from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_
 from lib.text import number, tables
 from lib.weights import load_tensors
 from model import load_model
-from sample import Sampling, decode
+from sample import Sampling, decode, sampler_of
 from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
 # settings of crpo.py by which each loss is run, at equal clips generated
-PAIRED = {"pairs_per_prompt": 3, "epochs": 5, "learning_rate": 1.5e-4}     # crpo.py's defaults
+PAIRED = {"pairs_per_prompt": 3, "epochs": 10, "learning_rate": 1e-4}      # crpo.py's defaults
 ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
 METHODS = {
     "crpo": {"loss": "crpo", **PAIRED},
@@ -299,7 +299,7 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     real = judged_sets(Path(runs[0]), iterations)["real"]
     places = range(crpo.HELD_OUT, crpo.HELD_OUT + config["eval_prompts"])
     _, scenes = render_clips(World("val", pairs="all"), places)
-    sampler = crpo.sampler_of(Namespace(**config))
+    sampler = sampler_of(Namespace(**config))
     heard = held_out_clips(load_model(clean, device), scenes, config["noise"], sampler)
     levels = {"real scenes": summary(real, real),
               "true captions": summary(judges.judge(heard, scenes), real)}

@@ -17,9 +17,10 @@ from world.scenes import World, render_clips
 
 
 def short_name(source):
-    """A model folder's name; of iterations, which share theirs, the run's before it."""
+    """A model folder's name; of those of crpo.py, which share theirs, the run's before it."""
     path = Path(source)
-    return f"{path.parent.name}_{path.name}" if path.name.startswith("iteration_") else path.name
+    shared = path.name.startswith(("iteration_", "aligned"))
+    return f"{path.parent.name}_{path.name}" if shared else path.name
 
 
 # ----------------------------------------------------------------------------- best of N
@@ -54,13 +55,13 @@ def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
     most = max(counts)
     candidates = candidates_of(judges, model, scenes, most, sampler)
     rewards = candidates["reward"].reshape(len(scenes), most)                           # (M, N)
-    found = {"real": judges.judge(real, scenes)}
-    for count in counts:
-        chosen = np.arange(0, rewards.size, most) + best_of(rewards[:, :count])
-        found[f"best of {count}"] = {name: each[chosen] for name, each in candidates.items()}
     truths = truth(candidates["tally"]).reshape(rewards.shape)                          # (M, N)
-    chosen = np.arange(0, rewards.size, most) + best_of(truths)
-    found[f"best of {most} by truth"] = {name: each[chosen] for name, each in candidates.items()}
+    choices = {f"best of {count}": best_of(rewards[:, :count]) for count in counts}     # (M,) each
+    choices[f"best of {most} by truth"] = best_of(truths)
+    found = {"real": judges.judge(real, scenes)}
+    for name, chosen in choices.items():
+        rows = np.arange(0, rewards.size, most) + chosen
+        found[name] = {key: each[rows] for key, each in candidates.items()}
     return compare(found, f"best of {min(counts)}", draws, sampler.seed)
 
 

@@ -361,7 +361,7 @@ class MelVAE(Module):
         """Raw latents (B, L, C) -> audio (B, 1, L hop); frames: only the first of them."""
         # guided latents can ask for bands 40 dB above all that fits into [-1, 1]
         log_mel = self.decode_mel(latents).minimum(self.mel.full_scale())
-        audio = griffin_lim(log_mel, self.mel, self.griffin_lim_steps)[:, None]
+        audio = griffin_lim(log_mel, self.mel, iterations=self.griffin_lim_steps)[:, None]
         return audio if frames is None else audio[..., :frames * self.hop]
 
     def log_mel(self, audio):

@@ -139,7 +139,7 @@ def end_of(name, monkeypatch):
     _, script, *words = FROZEN["commands"][name].split()
     module = importlib.import_module({"train_tagger.py": "world.train_ears"}.get(script, script.removesuffix(".py")))
     if name == "run_crpo":
-        words += ["--beta", "2000", "--pull", "0"]      # what was then done without a flag
+        words += ["--beta", "2000"]         # then the default; now it depends on the size of latents
     out, found = Path(words[words.index("--out") + 1]), {}
     monkeypatch.setattr("sys.argv", [script, *words])
     monkeypatch.setattr(scenes, "in_order", lambda function, jobs, workers: map(function, jobs))
