@@ -6,7 +6,7 @@
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)
 
 Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where it is found: a killed
-run ends with the same bits. Clip i is made from (seed, i).
+run ends with the same bits. Clip i is made from (seed, i). The result is the folder `aligned`.
 
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEANS over (L, C), as the code (Eq. 2: sums, no 0.5: --reduction sum
@@ -17,9 +17,9 @@ Where paper and official code differ, we do this:
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
     prompt and clip has noise of its own (code: the same N noises, always);
   - three pairs of a prompt's 8 clips (paper: one of 5: --pairs_per_prompt 1 --num_samples 5);
-  - weights are averaged, the average goes on (paper: raw, --ema 0); the last model is pulled back
-    a bit to the first (paper: --pull 0); gradients are clipped; T5 has no dropout, conditions have
-    (code: none); the duration embedder is trained, too; the rate decays to 0 (A.5: warm-up only).
+  - weights are averaged, the average goes on (paper: raw, --ema 0); the result lies a fifth of the
+    way back to the first model (paper: --pull 0); gradients are clipped; T5 has no dropout,
+    conditions have (code: none); the duration embedder is trained; the rate decays to 0.
 A score head samples at --score, and learns under it (second paper, III-D d: Eq. 1 is this loss).
 M prompts, N clips of each, P pairs (B in a step), L latent frames, C channels, S text tokens.
 """
@@ -43,14 +43,13 @@ from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_f
                         choose_device, flag, generator, parse_flags, pick, read_json, read_jsonl,
                         reading, relative_to_here, run_main, side_by_side, stop_on_signal,
                         whole_blocks, write_json, write_jsonl, write_report)
-from lib.fast import quicken
 from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
 from lib.text import null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
                          run_folder, save_state, save_tensors, set_rate, trainable, trim_log,
                          update_average)
-from model import SCORE_HEADS, load_model, save_model, with_score_head
+from model import SCORE_HEADS, load_model, load_policy, save_model, with_score_head
 from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
 from sample import decode, default_duration, sampler_of
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
@@ -64,6 +63,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--num_samples", 8, "N, clips of each prompt (paper: 5)", 2),
     flag("--pool", 20000, "training scenes whose prompts make the pool (paper: 45k)", 1),
     flag("--prompt_file", None, "the pool instead: .txt or .jsonl (paper: AudioCaps)"),
+    flag("--pull", 0.2, "share of the way from the last model back to the first (paper: 0)", 0, 1),
     flag("--offline", False, "train on the first iteration's pairs in all of them (paper Fig. 2)"),
     flag("--pairs", None, "static preference set instead, one iteration (paper 4.3)"),
     flag("--audio_dir", None, "folder of its sounds; none: beside the file"),
@@ -74,7 +74,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
-    flag("--safeguard", None, "mu: holds losers back (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
+    flag("--safeguard", None, "hold on the losers, mu (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
     flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1; 0: L_DPO-FM alone)", 0),
@@ -106,14 +106,14 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--weight_decay", 0.01, "weight decay of AdamW (official: 0.01)", 0),
     flag("--clip", 1.0, "largest gradient norm; 0: no clipping (official: none)", 0),
     flag("--ema", 0.99, "decay of the averaged weights, which go on (paper: raw, 0)", 0, 1),
-    flag("--pull", 0.2, "share of the way back to --checkpoint, at the end (paper: 0)", 0, 1),
 ], "sampler": [
     flag("--steps", 10, "solver steps: as good as 100 for the toy (paper 3.3: 50)", 1),
-    flag("--guidance_scale", 3.0, "classifier-free guidance (paper 3.3: 4.5)", 0),
+    flag("--guidance_scale", 3.0, "classifier-free guidance (paper 3.3: 4.5; grpo's paths: 1)", 0),
     flag("--generation_batch", 32, "clips sampled in one batch", 1),
 ], "judges": [
     flag("--reward", str(REWARD), "what ranks, a CLAP (paper: laion/clap-htsat-unfused) or "
          "FILE.py:function"),
+    flag("--vocoder_steps", 4, "rounds of Griffin-Lim that the reward hears; 24 are played", 1),
     flag("--shuffle", False, "control: a prompt's scores in random order"),
     flag("--judge", str(JUDGE), "CLAP that only judges (paper: laion/clap-htsat-fused)"),
     flag("--tagger", str(BASE), "folder of the world's taggers"),
@@ -124,8 +124,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--log_every", 1, "steps between rows of log.jsonl", 1),
     flag("--save_every", 25, "steps between saves", 1),
     flag("--save_clips", 64, "clips sampled or scored between saves", 1), DTYPE, DEVICE]}
-FREE = {"iterations", "out", "device", "log_every", "save_every", "debug",  # a run may change these
-        "checkpoint", "reward", "judge", "tagger"}      # these are compared by their hashes
+MAY_CHANGE = {"iterations", "pull", "out", "device", "log_every", "save_every", "debug"}
 HELD_OUT = 50000        # first validation scene used: none that chose thresholds or the base
 NOISE = "evaluation 7"  # seed of the held-out clips: no candidates have it, whatever --seed is
 
@@ -142,7 +141,8 @@ Training = namedtuple("Training", "flow reference encoder pairs loss micro_batch
 
 def two_velocities(flow, reference, xt, t, condition):
     """Velocities (B, L, C) of policy and frozen reference."""
-    # no torch.no_grad(): by another attention kernel an identical policy would differ in bfloat16
+    # no torch.no_grad(): it picks another attention kernel, and in bfloat16 the reference would
+    # differ from an identical policy
     old = reference.velocity(xt, t, condition).detach()
     return flow.velocity(xt, t, condition), old
 
@@ -224,18 +224,6 @@ def loss_and_gradients(training, parameters, positions, seed):
 
 # ----------------------------------------------------------------------------- optimisation
 
-def load_policy(folder, device, score_head=None, batch_size=0):
-    """load_model, its head run as `score_head`; quick at sampling batch_size clips, if not 0."""
-    model = load_model(folder, device)
-    if score_head:
-        model.flow, is_new = with_score_head(model.flow, score_head)
-        if is_new:
-            raise UserError(f"--score_head needs a model with a score head, which {folder} has not")
-    if batch_size:
-        quicken(model.flow, 2 * batch_size * model.flow.config["audio_seq_len"])
-    return model
-
-
 def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device):
     """The model folder `policy`, trained, goes to `folder` -> losses over all rows (Fig. 4)."""
     model = load_policy(policy, device, how.score_head)
@@ -302,12 +290,15 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     return losses
 
 
-def pull_back(folder, policy, checkpoint, pull, score_head, device):
-    """The model in `policy`, `pull` of the way back to `checkpoint`, goes to the model folder
-    `folder`: on that way drift goes first, what was learned stays (WiSE-FT, arXiv 2109.01903)."""
-    flow, base = (load_policy(each, device, score_head).flow for each in (policy, checkpoint))
-    update_average(dict(flow.named_parameters()), dict(base.named_parameters()), 1 - pull)
-    save_model(folder, flow, references=links(policy, folder))
+def pull_back(folder, policy, checkpoint, pull, score_head):
+    """Write `folder`: the weights of `policy`, moved `pull` of the way to those of `checkpoint`.
+    On that way drift falls faster than the gains (docs/log.md; WiSE-FT, arXiv 2109.01903)."""
+    flow, base = (load_model(each, parts=("flow",)).flow for each in (policy, checkpoint))
+    if score_head:
+        base, _ = with_score_head(base, score_head)
+    update_average(trainable(flow), trainable(base), 1 - pull)
+    origin = {"pull": pull, "policy": policy_hash(policy), "base": policy_hash(checkpoint)}
+    save_model(folder, flow, references=links(policy, folder), extra={"training": origin})
 
 
 # ----------------------------------------------------------------------------- prompts to pairs
@@ -354,18 +345,16 @@ def make_candidates(folder, model, rows, seed, sampler, save_clips):
     return torch.cat(blocks)
 
 
-def score_candidates(folder, model, rows, latents, scorers, origin, save_clips):
+def score_candidates(folder, codec, rows, latents, scorers, origin, save_clips):
     """scores.jsonl: rows, `origin` (seed, policy), index, scores; scorers: {name: a CLAP, ...}."""
-    path, rate = folder / "scores.jsonl", model.codec.sampling_rate
-    draft = copy.copy(model.codec)
-    draft.griffin_lim_steps = 4     # of 24: rewards correlate at 0.995
+    path, rate = folder / "scores.jsonl", codec.sampling_rate
     latents = latents[:, -1] if latents.ndim == 4 else latents              # of paths the end
     scored = whole_blocks(path, save_clips, len(rows))
     starts = range(len(scored), len(rows), save_clips)
     for start in tqdm(starts, "scoring", unit=f" x {save_clips}"):
         block = slice(start, start + save_clips)
         prompts, durations = zip(*[(row["prompt"], row["duration"]) for row in rows[block]])
-        audios = decode(draft, latents[block], durations)
+        audios = decode(codec, latents[block], durations)
         scores = [scorer.scores(audios, rate, prompts).tolist() for scorer in scorers.values()]
         for row, values in zip(rows[block], zip(*scores)):
             scored.append({**row, **origin, "index": len(scored), **dict(zip(scorers, values))})
@@ -377,15 +366,16 @@ def score_candidates(folder, model, rows, latents, scorers, origin, save_clips):
 
 def begin(path, command, flags, policy, judges):
     """Write a run's config.json, or check that a run found there has the same settings."""
-    wanted = {name: value for name, value in vars(flags).items() if name not in FREE}
+    wanted = {name: value for name, value in vars(flags).items() if name not in MAY_CHANGE}
     wanted |= {"policy": policy, "ears": [module_hash(each)[:16] for each in vars(judges).values()],
                "code": code_hash()}
+    wanted = relative_to_here(wanted)           # so that a repository may move
     started = {"noise": NOISE}
     if path.is_file():
         started = read_json(path, dict)
         check_settings(path.parent, started, wanted)
     wanted["noise"] = started.get("noise", started.get("evaluation_seed"))  # of the first edition
-    write_json(path, {"command": command, **vars(flags), **wanted})
+    write_json(path, {"command": command, **wanted, "iterations": flags.iterations})
     return wanted
 
 
@@ -398,10 +388,10 @@ def run(command="crpo.run(...)", **settings):
     with run_folder(out, "crpo.py"):
         judges = Judges(args.reward, args.judge, args.tagger, device)
         sampler = sampler_of(args)
-        explorer = sampler
-        if args.loss == "grpo":         # paths, of the policy as it is trained: without guidance
-            noisy = partial(noisy_path, noise=args.sde_noise)
-            explorer = sampler_of(args, solver=noisy, guidance_scale=1.0)
+        changes = {}
+        if args.loss == "grpo":         # paths, of the velocity that is trained: without guidance
+            changes = {"solver": partial(noisy_path, noise=args.sde_noise), "guidance_scale": 1.0}
+        explorer = sampler_of(args, **changes)
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)
@@ -425,15 +415,9 @@ def run(command="crpo.run(...)", **settings):
         # who is judged, on the same scenes: real ones, the base, every iteration, the result
         places = range(HELD_OUT, HELD_OUT + args.eval_prompts)
         clips, scenes = render_clips(World("val", pairs="all"), places)
-        def heard(model, path):
-            clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-            return judged(path, judges, clips_of, scenes)
-        def report():
-            paragraphs, numbers = compare(found, "base", draws=200)
-            write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
-            return numbers
-        found = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes),
-                 "base": heard(model, out / "base.safetensors")}
+        found = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes)}
+        clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
+        found["base"] = judged(out / "base.safetensors", judges, clips_of, scenes)
         warnings = []
 
         for k in range(1, args.iterations + 1):
@@ -453,7 +437,9 @@ def run(command="crpo.run(...)", **settings):
                     asked = [row for row in prompts for _ in range(args.num_samples)]   # M N rows
                     latents = make_candidates(source, model, asked, seed, explorer, args.save_clips)
                     origin = {"seed": seed, "checkpoint": policy_hash(policy)}
-                    scored = score_candidates(source, model, asked, latents,
+                    codec = copy.copy(model.codec)      # for the reward; Oobleck has no phases
+                    codec.vocoder_steps = args.vocoder_steps
+                    scored = score_candidates(source, codec, asked, latents,
                                               {"reward": judges.reward}, origin, args.save_clips)
                     if args.shuffle:
                         scored = shuffled(scored, args.num_samples, f"{args.seed} {source.name}")
@@ -469,21 +455,28 @@ def run(command="crpo.run(...)", **settings):
                 # the next policy prefers the winners
                 losses = optimise(folder, policy, rows, tensors, pick(Loss, args),
                                   pick(Optimisation, args), seed, f"report {args.seed}", device)
+                (folder / "heard.safetensors").unlink(missing_ok=True)
                 write_json(folder / "report.json", {**losses, "pairs": len(rows)})
 
             # what the judges say of it
             policy, before = str(folder), list(found.values())[-1]
             model = load_policy(policy, device, args.score_head, args.generation_batch)
-            found[name] = heard(model, folder / "heard.safetensors")
+            clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
+            found[name] = judged(folder / "heard.safetensors", judges, clips_of, scenes)
             warnings += alarms(name, read_json(folder / "report.json"), before, found[name])
-            report()
+            paragraphs, numbers = compare(found, "base", draws=200)
+            write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
 
-        # the result: the last policy, pulled back a bit
+        # the result: the last policy, some of the way back
         folder = out / "aligned"
-        pull_back(folder, policy, args.checkpoint, args.pull, args.score_head, device)
+        pull_back(folder, policy, args.checkpoint, args.pull, args.score_head)
         model = load_policy(folder, device, args.score_head, args.generation_batch)
-        found["aligned"] = heard(model, folder / f"heard_{args.iterations}.safetensors")
-        return report()
+        clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
+        path = folder / f"heard_{policy_hash(folder)[7:]}.safetensors"
+        found["aligned"] = judged(path, judges, clips_of, scenes)
+        paragraphs, numbers = compare(found, "base", draws=200)
+        write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
+        return numbers
 
 
 def main(argv=None):

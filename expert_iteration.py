@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 
 import train_fm
-from crpo import draw_prompts, load_policy, make_candidates, prompt_pool, score_candidates
+from crpo import draw_prompts, make_candidates, prompt_pool, score_candidates
 from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device,
                         derive_seed, file_hash, flag, parse_flags, read_json, read_jsonl,
                         reading, run_main, write_json, write_jsonl)
 from lib.weights import code_hash, policy_hash, run_folder, save_tensors
+from model import load_policy
 from ranker import TrainedRanker
 from reward import REWARD, load_clap
 from sample import sampler_of
@@ -134,7 +135,7 @@ def run(**settings):
                 latents = make_candidates(folder, model, rows, seed, sampler, args.save_clips)
 
                 # score, blend, keep the best
-                rows = score_candidates(folder, model, rows, latents, scorers, {"seed": seed},
+                rows = score_candidates(folder, model.codec, rows, latents, scorers, {"seed": seed},
                                         args.save_clips)
                 rewards = [row["reward"] for row in rows]
                 fits = [row["clap"] for row in rows]

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.common import UserError, read_json, reading, warn, write_json
-from lib.fast import attention
+from lib.fast import attention, quicken
 from lib.text import load_text, null_score
 from lib.weights import find_weights, load_weights, model_folder, resolve, save_module
 from vae import load_codec, save_codec
@@ -451,6 +451,18 @@ def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", 
     for key, width in widths.items():
         if width != config[key]:
             raise UserError(f"{folder}: the part is {width} wide, but {key} is {config[key]}")
+    return model
+
+
+def load_policy(folder, device, score_head=None, batch_size=0):
+    """load_model, its head run as `score_head`; quick at sampling batch_size clips, if not 0."""
+    model = load_model(folder, device)
+    if score_head:
+        model.flow, is_new = with_score_head(model.flow, score_head)
+        if is_new:
+            raise UserError(f"--score_head needs a model with a score head, which {folder} has not")
+    if batch_size:
+        quicken(model.flow, 2 * batch_size * model.flow.config["audio_seq_len"])
     return model
 
 

@@ -55,7 +55,7 @@ def ours(folder, model, clap, prompts, settings, steps):
     sampler = sampler_of(settings)
     latents = crpo.make_candidates(folder, model, rows, 0, sampler, block)
     clock("generate")
-    scored = crpo.score_candidates(folder, model, rows, latents, {"reward": clap}, {}, block)
+    scored = crpo.score_candidates(folder, model.codec, rows, latents, {"reward": clap}, {}, block)
     pairs = pairs_of(folder, scored, latents, count)
     clock("decode and score")
     loss, how = pick(crpo.Loss, settings), pick(crpo.Optimisation, settings)

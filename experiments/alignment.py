@@ -17,6 +17,7 @@ import shlex
 import shutil
 import sys
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -232,8 +233,7 @@ def methods(loop, base, losses, iterations, seeds, runs, draws, out, **_):
         changes[name] = gains(aligned, [sets["base"]], sets["real"], draws)
         costs = np.array([training_cost(folder, iterations) for folder, _ in runs_of])
         minutes, drift, ratio = costs.mean(0)
-        rows.append([name, number(minutes, 1), number(drift, 4), number(ratio, 3),
-                     hacks(runs_of, iterations)])
+        rows.append([name, number(minutes, 1), number(drift, 4), number(ratio, 3), hacks(runs_of)])
         curves[name] = []
         for key in list(sets)[1:]:                      # base, iteration 1, ...
             curves[name].append([summary(judged[key], sets["real"]) for _, judged in runs_of])
@@ -255,13 +255,12 @@ def training_cost(folder, iterations):
     return minutes, report.get("drift", np.nan), ratio
 
 
-def hacks(runs, iterations):
+def hacks(runs):
     """The first iteration in which the reward rose and the judge fell, of any seed; "-": none."""
-    names = ["base", *[f"iteration {k}" for k in range(1, iterations + 1)]]
-    for k in range(1, iterations + 1):
-        for _, sets in runs:
-            if fooled(sets[names[k - 1]], sets[names[k]]):
-                return names[k]
+    _, sets = runs[0]
+    for before, now in pairwise(list(sets)[1:]):
+        if any(fooled(judged[before], judged[now]) for _, judged in runs):
+            return now
     return "-"
 
 
@@ -309,8 +308,8 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     rows = [[name, *cells(level)] for name, level in levels.items()]
     for kind, folders in {"aligned": runs, "shuffled rewards": control}.items():
         sets = [judged_sets(Path(folder), iterations) for folder in folders]
-        names = ["base", *[f"iteration {k}" for k in range(1, iterations + 1)]]
-        for k, name in enumerate(names if sets else []):
+        names = list(sets[0])[1:] if sets else []                       # base, iteration 1, ...
+        for k, name in enumerate(names):
             label = f"{kind}, {clips[k]:,} clips"
             seeds = [each[name] for each in sets]
             points = [summary(judged, real) for judged in seeds]
@@ -349,7 +348,7 @@ def main(argv=None):
     sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
     loop = {name: flags[name] for name in SHARED if name in flags}      # settings of crpo.py
     paragraphs, numbers = TABLES[args.command](judges=judges, sampler=sampler,
-                                               loop={**loop, "save_clips": 256},
+                                               loop={**loop, "save_clips": 256, "pull": 0.0},
                                                **{**flags, "device": device})
     command = shlex.join(sys.argv[1:] if argv is None else argv)
     title = COMMANDS[args.command][0]

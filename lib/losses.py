@@ -7,7 +7,7 @@
   dgpo  direct group preference (arXiv 2510.08425): A-weighted errors, weaker as the preference of
         the group is learned
   awm   advantage-weighted matching (arXiv 2509.25050): A-weighted errors, held by `kl_weight` alone
-  grpo  the policy gradient of noisy steps (TangoFlux A.11; Flow-GRPO, arXiv 2505.05470)
+  grpo  the policy gradient of noisy steps, sampled at guidance 1 (A.11; Flow-GRPO, 2505.05470)
 
 Each takes, for rows of K clips of a prompt (K B clips: first clip 0 of all rows, then clip 1, ...),
 

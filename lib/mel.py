@@ -320,7 +320,7 @@ class MelVAE(Module):
 
     kind = "mel"
     audio_channels = 1
-    griffin_lim_steps = 24
+    vocoder_steps = 24          # rounds of Griffin-Lim
     # 4.096 s at 16 kHz = 256 mel frames = 64 latent frames of 64 ms. The paper's layout had a
     # log-mel error of 7 dB after 2000 steps; patches and a linear skip have 2.9 dB before the first.
     TOY = dict(data_dim=80, embed_dim=48, hidden_dim=192, ch_mult=[1], num_res_blocks=1,
@@ -361,7 +361,7 @@ class MelVAE(Module):
         """Raw latents (B, L, C) -> audio (B, 1, L hop); frames: only the first of them."""
         # guided latents can ask for bands 40 dB above all that fits into [-1, 1]
         log_mel = self.decode_mel(latents).minimum(self.mel.full_scale())
-        audio = griffin_lim(log_mel, self.mel, iterations=self.griffin_lim_steps)[:, None]
+        audio = griffin_lim(log_mel, self.mel, iterations=self.vocoder_steps)[:, None]
         return audio if frames is None else audio[..., :frames * self.hop]
 
     def log_mel(self, audio):

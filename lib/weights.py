@@ -188,9 +188,10 @@ def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
 def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
     """A local model folder as it is; else, of owner/name on the hub, its `files`. UserError."""
     folder = Path(name)
-    inside = max(folder.glob("*/tangoflux.safetensors"), key=os.path.getmtime, default=None)
+    inside = sorted(folder.glob("*_[0-9]*/tangoflux.safetensors"), key=os.path.getmtime)
+    inside += folder.glob("aligned/tangoflux.safetensors")              # the result of crpo.py
     if inside and not (folder / "tangoflux.safetensors").exists():
-        raise UserError(f"{folder} is a run, not a model: take {inside.parent}")
+        raise UserError(f"{folder} is a run, not a model: take {inside[-1].parent}")
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -365,8 +366,7 @@ def average_decay(step, decay):
 
 def gamma_of(sigma_rel):
     """Weights tau^gamma have sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2 126)."""
-    inverse = sigma_rel ** -2
-    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+    return float(np.roots([1, 7, 16 - sigma_rel ** -2, 12 - sigma_rel ** -2]).real.max())
 
 
 def power_decay(step, gamma):

@@ -27,7 +27,7 @@ from world.sounds import SAMPLE_RATE
 @pytest.fixture(autouse=True, scope="module")
 def quick_vocoder():
     with pytest.MonkeyPatch.context() as monkeypatch:           # these tests look at the plumbing, not at the sound
-        monkeypatch.setattr(lib.mel.MelVAE, "griffin_lim_steps", 2)
+        monkeypatch.setattr(lib.mel.MelVAE, "vocoder_steps", 2)
         for module in (lib.mel, toy):
             monkeypatch.setattr(module, "griffin_lim", partial(lib.mel.griffin_lim, iterations=2, mel_steps=2))
         yield

@@ -224,8 +224,8 @@ def test_scores_stand_under_the_names_of_their_scorers(tmp_path, monkeypatch):
     scorers = {name: SimpleNamespace(scores=lambda audios, rate, prompts, unit=unit: unit * torch.tensor(audios)[:, 0])
                for name, unit in (("reward", 1), ("clap", 10))}
     rows = [{"prompt": str(i), "duration": 1.0} for i in range(3)]
-    model = SimpleNamespace(codec=SimpleNamespace(sampling_rate=16000))
-    scored = crpo.score_candidates(tmp_path, model, rows, torch.tensor([1.0, 2.0, 3.0]), scorers, {"seed": 5}, 2)
+    codec = SimpleNamespace(sampling_rate=16000)
+    scored = crpo.score_candidates(tmp_path, codec, rows, torch.tensor([1.0, 2.0, 3.0]), scorers, {"seed": 5}, 2)
     assert scored == read_jsonl(tmp_path / "scores.jsonl") == [
         {**row, "seed": 5, "index": i, "reward": 1.0 + i, "clap": 10.0 + 10 * i} for i, row in enumerate(rows)]
 
