@@ -6,7 +6,7 @@
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)
 
 Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where it is found: a killed
-run ends with the same bits. Clip i is made from (seed, i). The result is the folder `aligned`.
+run ends with the same bits. Clip i is made from (seed, i).
 
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEANS over (L, C), as the code (Eq. 2: sums, no 0.5: --reduction sum
@@ -17,9 +17,11 @@ Where paper and official code differ, we do this:
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
     prompt and clip has noise of its own (code: the same N noises, always);
   - three pairs of a prompt's 8 clips (paper: one of 5: --pairs_per_prompt 1 --num_samples 5);
-  - weights are averaged, the average goes on (paper: raw, --ema 0); the result lies a fifth of the
-    way back to the first model (paper: --pull 0); gradients are clipped; T5 has no dropout,
-    conditions have (code: none); the duration embedder is trained; the rate decays to 0.
+  - a KL holds the velocities near the reference's (paper: --kl_weight 0): the errors of winners and
+    losers could rise together;
+  - weights are averaged, the average goes on (paper: raw, --ema 0); gradients are clipped; T5 has
+    no dropout, conditions have (code: none); the duration embedder is trained;
+  - the rate decays to 0, as the code (A.5 names a warm-up only).
 A score head samples at --score, and learns under it (second paper, III-D d: Eq. 1 is this loss).
 M prompts, N clips of each, P pairs (B in a step), L latent frames, C channels, S text tokens.
 """
@@ -49,7 +51,7 @@ from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learn
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
                          run_folder, save_state, save_tensors, set_rate, trainable, trim_log,
                          update_average)
-from model import SCORE_HEADS, load_model, load_policy, save_model, with_score_head
+from model import SCORE_HEADS, load_policy, save_model
 from reward import JUDGE, REWARD, groups_of, pairs_of, save_pairs, shuffled, training_data
 from sample import decode, default_duration, sampler_of
 from train_fm import Batch, epoch_order, interpolate, logit_normal_t, text_condition
@@ -63,7 +65,6 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--num_samples", 8, "N, clips of each prompt (paper: 5)", 2),
     flag("--pool", 20000, "training scenes whose prompts make the pool (paper: 45k)", 1),
     flag("--prompt_file", None, "the pool instead: .txt or .jsonl (paper: AudioCaps)"),
-    flag("--pull", 0.2, "share of the way from the last model back to the first (paper: 0)", 0, 1),
     flag("--offline", False, "train on the first iteration's pairs in all of them (paper Fig. 2)"),
     flag("--pairs", None, "static preference set instead, one iteration (paper 4.3)"),
     flag("--audio_dir", None, "folder of its sounds; none: beside the file"),
@@ -74,6 +75,8 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
+    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.4, awm "
+         "1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
     flag("--safeguard", None, "hold on the losers, mu (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
@@ -90,15 +93,13 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
 ], "losses of all clips (lib/losses.py)": [
     flag("--advantage_slope", 0.8, "nft: of a clip's goodness (DiffusionNFT: 0.1)", 0),
     flag("--nft_beta", 1.0, "nft: b, how far both images lie from the old velocity", 1e-6),
-    flag("--kl_weight", None, "weight of |v - old|^2; none: awm 1, grpo 0.04, else 0", 0,
-         kind=float),
     flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
     flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
-    flag("--epochs", 10, "passes over the rows of an iteration (paper: 8)", 1),
+    flag("--epochs", 5, "passes over the rows of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
     flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
-    flag("--learning_rate", 1e-4, "peak learning rate (paper: 1e-5)", 0),
+    flag("--learning_rate", 3e-4, "peak learning rate (paper: 1e-5)", 0),
     flag("--warmup_steps", 10, "steps to the peak, at most a quarter of all (paper: 100)", 0),
     flag("--decay", True, "linear decay of the rate to 0 (official: the same)"),
     flag("--beta1", 0.9, "beta1 of AdamW (paper: 0.9)", 0, 0.99999),
@@ -124,7 +125,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--log_every", 1, "steps between rows of log.jsonl", 1),
     flag("--save_every", 25, "steps between saves", 1),
     flag("--save_clips", 64, "clips sampled or scored between saves", 1), DTYPE, DEVICE]}
-MAY_CHANGE = {"iterations", "pull", "out", "device", "log_every", "save_every", "debug"}
+MAY_CHANGE = {"iterations", "out", "device", "log_every", "save_every", "debug"}
 HELD_OUT = 50000        # first validation scene used: none that chose thresholds or the base
 NOISE = "evaluation 7"  # seed of the held-out clips: no candidates have it, whatever --seed is
 
@@ -288,17 +289,6 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     else:
         save_model(folder, flow, model.codec, model.text, extra={"training": settings})
     return losses
-
-
-def pull_back(folder, policy, checkpoint, pull, score_head):
-    """Write `folder`: the weights of `policy`, moved `pull` of the way to those of `checkpoint`.
-    On that way drift falls faster than the gains (docs/log.md; WiSE-FT, arXiv 2109.01903)."""
-    flow, base = (load_model(each, parts=("flow",)).flow for each in (policy, checkpoint))
-    if score_head:
-        base, _ = with_score_head(base, score_head)
-    update_average(trainable(flow), trainable(base), 1 - pull)
-    origin = {"pull": pull, "policy": policy_hash(policy), "base": policy_hash(checkpoint)}
-    save_model(folder, flow, references=links(policy, folder), extra={"training": origin})
 
 
 # ----------------------------------------------------------------------------- prompts to pairs
@@ -466,16 +456,6 @@ def run(command="crpo.run(...)", **settings):
             warnings += alarms(name, read_json(folder / "report.json"), before, found[name])
             paragraphs, numbers = compare(found, "base", draws=200)
             write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
-
-        # the result: the last policy, some of the way back
-        folder = out / "aligned"
-        pull_back(folder, policy, args.checkpoint, args.pull, args.score_head)
-        model = load_policy(folder, device, args.score_head, args.generation_batch)
-        clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-        path = folder / f"heard_{policy_hash(folder)[7:]}.safetensors"
-        found["aligned"] = judged(path, judges, clips_of, scenes)
-        paragraphs, numbers = compare(found, "base", draws=200)
-        write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
         return numbers
 
 
@@ -483,9 +463,10 @@ def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     words = sys.argv[1:] if argv is None else argv
     run(f"python crpo.py {shlex.join(words)}", **vars(args))
+    last = 1 if args.pairs else args.iterations
     before = relative_to_here(args.checkpoint)
-    print(f"wrote {args.out}: crpo.md, a folder for each iteration, and the result, aligned\nnext: "
-          f"python evaluate.py --checkpoint {args.out}/aligned --against {before}")
+    print(f"wrote {args.out}: crpo.md, iteration_1 to {last}: models, pairs, scores\nnext: python "
+          f"evaluate.py --checkpoint {args.out}/iteration_{last} --against {before}")
 
 
 if __name__ == "__main__":

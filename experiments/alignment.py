@@ -4,7 +4,7 @@
     python -m experiments.alignment room
     python -m experiments.alignment methods --losses crpo nft control --seeds 0 1 2
     python -m experiments.alignment guidance                # base and aligned over guidance 1 to 6
-    python -m experiments.alignment recovered --aligned runs/crpo/aligned
+    python -m experiments.alignment recovered --aligned runs/crpo/iteration_5
     python -m experiments.alignment progress --runs runs/crpo        # gains over clips generated
 
 Prints its tables and writes OUT/NAME.md, .json and pictures. Who judges, and how differences are
@@ -38,7 +38,7 @@ from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
 # settings of crpo.py by which each loss is run, at equal clips generated
-PAIRED = {"pairs_per_prompt": 3, "epochs": 10, "learning_rate": 1e-4}      # crpo.py's defaults
+PAIRED = {"pairs_per_prompt": 3, "epochs": 5, "learning_rate": 3e-4}       # crpo.py's defaults
 ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
 METHODS = {
     "crpo": {"loss": "crpo", **PAIRED},
@@ -348,7 +348,7 @@ def main(argv=None):
     sampler = Sampler(sampling, args.seed, args.batch_size, args.cache)
     loop = {name: flags[name] for name in SHARED if name in flags}      # settings of crpo.py
     paragraphs, numbers = TABLES[args.command](judges=judges, sampler=sampler,
-                                               loop={**loop, "save_clips": 256, "pull": 0.0},
+                                               loop={**loop, "save_clips": 256},
                                                **{**flags, "device": device})
     command = shlex.join(sys.argv[1:] if argv is None else argv)
     title = COMMANDS[args.command][0]

@@ -17,10 +17,9 @@ from world.scenes import World, render_clips
 
 
 def short_name(source):
-    """A model folder's name; of those of crpo.py, which share theirs, the run's before it."""
+    """A model folder's name; of iterations, which share theirs, the run's before it."""
     path = Path(source)
-    shared = path.name.startswith("iteration_") or path.name == "aligned"
-    return f"{path.parent.name}_{path.name}" if shared else path.name
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("iteration_") else path.name
 
 
 # ----------------------------------------------------------------------------- best of N

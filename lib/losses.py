@@ -74,7 +74,9 @@ def safeguarded(loser, winner_miss, loser_miss, mu=0.9):
 
 
 def pair_loss(velocity, old, xt, target, t, A, settings):
-    """L_CRPO of pairs, clip 0 the winner; --loss dpo: L_DPO-FM alone."""
+    """L_CRPO of pairs, clip 0 the winner; --loss dpo: L_DPO-FM alone.
+
+    The KL (ours) has the units of the preference: that does not see both errors rise together."""
     winner, loser = errors(velocity, target).chunk(2)                           # (B,) each
     reference = errors(old, target).chunk(2)
     if settings.safeguard is not None:
@@ -84,7 +86,10 @@ def pair_loss(velocity, old, xt, target, t, A, settings):
     if settings.reduction == "sum":                                             # Eq. 2
         beta = beta * target[0].numel()
     fm_weight = 0.0 if settings.loss == "dpo" else settings.fm_weight
-    return crpo_loss(winner, loser, *reference, beta, settings.half, fm_weight)
+    loss, parts = crpo_loss(winner, loser, *reference, beta, settings.half, fm_weight)
+    drift = errors(velocity, old).mean()
+    kl = settings.kl_weight * settings.half * beta * drift
+    return loss + kl, {**parts, "drift": drift.item()}
 
 
 # ----------------------------------------------------------------------------- all N clips
@@ -226,7 +231,7 @@ def grpo_loss(velocity, old, xt, target, t, A, settings):
 
 OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), for crpo and dpo
 DGPO_BETA = 100 / (16 * 64 * 64)        # the same of DGPO's official code, of images
-KL_WEIGHTS = {"awm": 1.0, "grpo": 0.04}
+KL_WEIGHTS = {"crpo": 0.4, "awm": 1.0, "grpo": 0.04}
 
 
 def with_defaults(settings, length, channels):

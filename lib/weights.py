@@ -188,10 +188,9 @@ def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
 def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
     """A local model folder as it is; else, of owner/name on the hub, its `files`. UserError."""
     folder = Path(name)
-    inside = sorted(folder.glob("*_[0-9]*/tangoflux.safetensors"), key=os.path.getmtime)
-    inside += folder.glob("aligned/tangoflux.safetensors")              # the result of crpo.py
+    inside = max(folder.glob("*_[0-9]*/tangoflux.safetensors"), key=os.path.getmtime, default=None)
     if inside and not (folder / "tangoflux.safetensors").exists():
-        raise UserError(f"{folder} is a run, not a model: take {inside[-1].parent}")
+        raise UserError(f"{folder} is a run, not a model: take {inside.parent}")
     if folder.is_dir():
         return folder
     if folder.is_file():

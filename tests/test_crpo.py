@@ -167,7 +167,7 @@ def test_the_loop_leaves_what_it_says(whole):
                                Sampling(steps=2))
         assert torch.allclose(again[0], latents[7], atol=1e-4)
         assert row["index"] == 7 and row["checkpoint"] == crpo.policy_hash(maker) and row["seed"] == k
-    with pytest.raises(UserError, match="is a run, not a model: take .*aligned$"):
+    with pytest.raises(UserError, match="is a run, not a model: take .*iteration_2$"):
         crpo.policy_hash(str(out))                                              # a run, and no model
 
 
@@ -215,8 +215,6 @@ def test_every_trained_tensor_moves_and_nothing_else(whole):
     for part in ("text", "codec"):
         assert all(map(torch.equal, getattr(before, part).parameters(), getattr(after, part).parameters()))
     assert all(torch.equal(p, state["average"][name]) for name, p in trainable(after.flow).items())
-    last, end = (trainable(load_model(whole[0] / name).flow) for name in ("iteration_2", "aligned"))    # a fifth of the way back
-    assert all(torch.allclose(p, last[name].lerp(parameters[name], 0.2), atol=1e-6) for name, p in end.items())
 
 
 def test_the_reference_nan_rewards_ties_and_what_a_kill_left(claps, whole, tmp_path, monkeypatch, capsys):
@@ -243,7 +241,7 @@ def test_the_reference_nan_rewards_ties_and_what_a_kill_left(claps, whole, tmp_p
     assert len(read_jsonl(folder / "pairs.jsonl")) == 2
     assert "2 of 4 prompts make no pair" in capsys.readouterr().err
     start, first = dict(load_model(MODEL).flow.named_parameters()), read_jsonl(folder / "log.jsonl")[0]
-    assert len(loads) <= 4 and all(torch.equal(copy[name], start[name]) for copy in seen for name in start)
+    assert len(loads) <= 3 and all(torch.equal(copy[name], start[name]) for copy in seen for name in start)
     assert first["dpo"] == pytest.approx(np.log(2), abs=1e-5)
     assert first["loss"] == pytest.approx(first["dpo"] + first["winner"], rel=1e-5)
 

@@ -187,7 +187,7 @@ def test_pieces_of_a_step_add_up_whatever_their_size():
     """Five pairs at once, or in pieces of 2, 2 and 1: the same loss, the same gradients."""
     (rows, tensors), found = opposite_sides(0), []
     for micro_batch in (5, 2):
-        flow, training = crpo_training(rows, tensors, settings(beta=20.0)[0], micro_batch)
+        flow, training = crpo_training(rows, tensors, settings(beta=20.0, kl_weight=0.4)[0], micro_batch)
         parts = crpo.loss_and_gradients(training, list(flow.parameters()), range(3, 8), 0)
         found.append(({**parts}, [p.grad for p in flow.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4, abs=2e-6)    # the margin is a small difference
@@ -200,7 +200,7 @@ def test_optimise_is_the_loop_by_hand(tmp_path, decay):
     """Steps rounded up, warm-up a quarter at most, decay, clipping, and the average that goes on."""
     rows, tensors = opposite_sides(0)
     rows, tensors = rows[:5], {name: tensor[:5] for name, tensor in tensors.items()}
-    loss, how = settings(beta=20.0, epochs=5, batch_size=4, warmup_steps=10, decay=decay, dropout=0.5, clip=0.5,
+    loss, how = settings(beta=20.0, kl_weight=0.4, epochs=5, batch_size=4, warmup_steps=10, decay=decay, dropout=0.5, clip=0.5,
                          ema=0.99, beta1=0.8, beta2=0.9, weight_decay=0.1, learning_rate=0.01)
     losses = crpo.optimise(tmp_path, MODEL, rows, tensors, loss, how, 3, "report", CPU)
     flow, training = crpo_training(rows, tensors, loss, 4)

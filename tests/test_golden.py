@@ -139,7 +139,7 @@ def end_of(name, monkeypatch):
     _, script, *words = FROZEN["commands"][name].split()
     module = importlib.import_module({"train_tagger.py": "world.train_ears"}.get(script, script.removesuffix(".py")))
     if name == "run_crpo":
-        words += ["--beta", "2000"]         # then the default; now it depends on the size of latents
+        words += ["--beta", "2000", "--kl_weight", "0"]         # as it was then
     out, found = Path(words[words.index("--out") + 1]), {}
     monkeypatch.setattr("sys.argv", [script, *words])
     monkeypatch.setattr(scenes, "in_order", lambda function, jobs, workers: map(function, jobs))
@@ -231,14 +231,14 @@ class Goldens:
         noisy, codec = torch.from_numpy(np.stack(noisy)), base().codec
         tensors = {"winner_mean": codec.encode(audio[:, None])[0], "loser_mean": codec.encode(noisy[:, None])[0]}
         pairs = crpo.training_data([asdict(scene) for scene in truth], tensors, base())
-        policy, loss = load_model(CLEAN).flow, pick(crpo.Loss, parse_flags("", crpo.FLAGS, [], {"beta": 2000.0}))
+        policy, loss = load_model(CLEAN).flow, pick(crpo.Loss, parse_flags("", crpo.FLAGS, [], {"beta": 2000.0, "kl_weight": 0.0}))
         with torch.no_grad():
             for i, (_, parameter) in enumerate(sorted(policy.named_parameters())):
                 parameter.mul_(1 + 0.01 * noise(*parameter.shape, seed=i))
         training = crpo.Training(policy, base().flow, base().text, pairs, loss, 2, torch.device("cpu"), nullcontext)
         parts = crpo.loss_and_gradients(training, list(policy.parameters()), range(4), 7)
         total = torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf"))
-        return {"parts": [*parts.values()], "names": [*parts], "grad_norm": [total], "gradients": gradients(policy)}
+        return {"parts": [*parts.values()][:-1], "names": [*parts][:-1], "grad_norm": [total], "gradients": gradients(policy)}  # "drift" is newer
 
     def crpo_loss():
         rows, errors = [], train_fm.flow_matching_loss(*noise(2, 3, 5, 4))[1]

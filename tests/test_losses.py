@@ -281,13 +281,15 @@ def test_pair_loss_has_dpo_alone_and_holds_the_loser_back():
     assert values[1] == pytest.approx(np.log(2), rel=1e-6) and values[0] == pytest.approx(np.log(2) + winner, rel=1e-6)
     free, held = (gradient("dpo", old, old, xt, target, t, A, how._replace(safeguard=mu)) for mu in (None, 0.9))
     assert torch.equal(free[:6], held[:6]) and held[6:].norm() < free[6:].norm()        # losers alone
+    plain, kl = (losses.pair_loss(old + 0.1, old, xt, target, t, A, how._replace(kl_weight=weight)) for weight in (0, 0.4))
+    assert (kl[0] - plain[0]).item() == pytest.approx(0.4 * 50 * 0.01, rel=1e-3) and kl[1]["drift"] == pytest.approx(0.01)
 
 
 def test_defaults_follow_from_the_loss_and_the_size(capsys):
     none = settings()[0]._replace(kl_weight=None)
     kinds = {name: losses.with_defaults(none._replace(loss=name), 64, 48) for name in losses.LOSSES}
     assert round(kinds["crpo"].beta) == round(kinds["dpo"].beta) == 149 and round(kinds["dgpo"].beta, 1) == 4.7
-    assert [kinds[name].kl_weight for name in ("crpo", "nft", "awm", "grpo")] == [0, 0, 1.0, 0.04]
+    assert [kinds[name].kl_weight for name in ("crpo", "dpo", "awm", "grpo")] == [0.4, 0, 1.0, 0.04]
     assert kinds["grpo"].dropout == 0 and kinds["grpo"].t_distribution == "uniform" and kinds["nft"].dropout == 0.1
     assert losses.with_defaults(none._replace(reduction="sum"), 64, 48).beta == losses.OFFICIAL_BETA
     assert losses.with_defaults(none._replace(beta=7.0), 64, 48).beta == 7 and "0.0242 per squared" in capsys.readouterr().out

@@ -21,7 +21,7 @@ All of checkpoints/toy from seeds, in this order; a killed command goes on where
         --clap_reward runs/clap_reward --clap_judge runs/clap_judge --out checkpoints/toy/base
     python -m world.bundle --flow runs/clean --parts_of ../base --out checkpoints/toy/clean
     python crpo.py                                                          # runs/crpo
-    python -m world.bundle --flow runs/crpo/aligned --parts_of ../base \\
+    python -m world.bundle --flow runs/crpo/iteration_5 --parts_of ../base \\
         --out checkpoints/toy/aligned
 """
 from pathlib import Path
