@@ -102,11 +102,11 @@ COMMANDS = {
 
 def room_of(candidates, count):
     """{what: (M,) of each prompt} about N = `count` clips: what choosing could gain."""
-    rewards = candidates["reward"].reshape(-1, count)                                   # (M, N)
+    rewards = candidates["reward"].reshape(-1, count)    # (M, N)
     tallies = candidates["tally"].reshape(len(rewards), count, -1)
     exact = tallies[..., COLUMNS.index("exact")].astype(float)
     rows = np.arange(len(rewards))
-    above = rewards[:, :, None] > rewards[:, None]                                      # (M, N, N)
+    above = rewards[:, :, None] > rewards[:, None]    # (M, N, N)
     pairs = exact[:, :, None] * (1 - exact[:, None])            # an exact clip and one that is not
     with np.errstate(invalid="ignore"):
         ranked = (above * pairs).sum((1, 2)) / pairs.sum((1, 2))                        # NaN: none
@@ -270,7 +270,7 @@ def draw_curves(path, curves, clips, levels, names=("judge", "exact")):
     with picture(path, 5.5, 4, len(names)) as axes:
         for axis, name in zip(axes or [], names):
             for label, points in curves.items():
-                values = []                                                     # (K, S)
+                values = []    # (K, S)
                 for seeds in points:
                     values.append([found[name] for found in seeds])
                 values = np.array(values)

@@ -53,8 +53,8 @@ def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
     In the last row the truth chooses: that is the ceiling."""
     most = max(counts)
     candidates = candidates_of(judges, model, scenes, most, sampler)
-    rewards = candidates["reward"].reshape(len(scenes), most)                           # (M, N)
-    truths = truth(candidates["tally"]).reshape(rewards.shape)                          # (M, N)
+    rewards = candidates["reward"].reshape(len(scenes), most)    # (M, N)
+    truths = truth(candidates["tally"]).reshape(rewards.shape)    # (M, N)
     choices = {f"best of {count}": best_of(rewards[:, :count]) for count in counts}     # (M,) each
     choices[f"best of {most} by truth"] = best_of(truths)
     found = {"real": judges.judge(real, scenes)}

@@ -63,7 +63,7 @@ def sounding_length(clip, threshold=1e-4):
 
     0: silence. Paper A.8 has an energy-based silence detector, whose threshold is not given.
     """
-    frames = clip.double().unfold(0, FRAME, FRAME)                              # (frames, 320)
+    frames = clip.double().unfold(0, FRAME, FRAME)    # (frames, 320)
     energy = frames.square().mean(1)
     loud = torch.nonzero(energy > energy.max() * threshold)
     return (loud.max().item() + 1) * FRAME / SAMPLE_RATE if len(loud) else 0.0
@@ -74,7 +74,7 @@ def encoded(codec, clips, batch_size):
     """Clips (N, 65536) -> the means of their posteriors (N, L, C), as the codec gives them."""
     device = codec.latent_mean.device
     means = []
-    for batch in clips[:, None].split(batch_size):                              # (B, 1, 65536)
+    for batch in clips[:, None].split(batch_size):    # (B, 1, 65536)
         batch = resample(batch, SAMPLE_RATE, codec.sampling_rate)
         batch = batch.expand(-1, codec.audio_channels, -1).to(device)
         means.append(codec.encode(batch)[0])
@@ -137,7 +137,7 @@ def codec(model, judge, sampler, prompts, **_):
     single, _ = render_clips(world, range(prompts))
     decoded = through_codec(model.codec, single, sampler.batch_size)
     log_mel = LogMel(**MEL_16K)
-    mel = log_mel(single)                                                       # (N, 80, frames)
+    mel = log_mel(single)    # (N, 80, frames)
     vocoder = log_mel_error(mel, log_mel(griffin_lim(mel, log_mel))).mean()
     both = log_mel_error(mel, log_mel(decoded)).mean()
     note = (f"Event F1 of {prompts} scenes. Log-mel error (scenes of one event, dB): vocoder alone "
@@ -184,10 +184,10 @@ def losses(model, x1, x0, prompts, seconds, batch_size):
         rows = slice(start, start + batch_size)
         condition = encode_prompts(model.text, prompts[rows], seconds[rows])
         for column, level in enumerate(LEVELS):
-            t = torch.full_like(x1[rows, 0, 0], level)                          # (B,)
+            t = torch.full_like(x1[rows, 0, 0], level)    # (B,)
             xt, target = interpolate(x1[rows], x0[rows], t)
             velocity = model.flow.velocity(xt, t, condition)
-            _, errors = flow_matching_loss(velocity, target)                    # (B,)
+            _, errors = flow_matching_loss(velocity, target)    # (B,)
             total[column] += errors.sum().item()
     return total / len(x1)
 
@@ -198,7 +198,7 @@ def text(model, judge, sampler, prompts, **_):
     clips, truths = render_clips(world, range(prompts))
     x1 = model.codec.normalise(encoded(model.codec, clips, sampler.batch_size))     # (N, L, C)
     x0 = noise_for(f"{sampler.seed}/text", range(prompts), x1.shape[1:]).to(x1.device)
-    seconds = torch.tensor([scene.duration for scene in truths])                # (N,)
+    seconds = torch.tensor([scene.duration for scene in truths])    # (N,)
     own = [scene.prompt for scene in truths]
     right = losses(model, x1, x0, own, seconds, sampler.batch_size)
     rows = [["its own", *[number(loss, 4) for loss in right]]]
