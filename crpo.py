@@ -80,7 +80,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--safeguard", None, "hold on the losers, mu (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
-    flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1; 0: L_DPO-FM alone)", 0),
+    flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1)", 0),
     flag("--shared_noise", True, "one noise for winner and loser (official: shared)"),
     flag("--t_distribution", "logit_normal", "distribution of t (Eq. 2: uniform)",
          choices=["logit_normal", "uniform"]),
@@ -362,7 +362,7 @@ def begin(path, command, flags, policy, judges):
     wanted = relative_to_here(wanted)           # so that a repository may move
     started = {"noise": NOISE}
     if path.is_file():
-        started = read_json(path, dict)
+        started = relative_to_here(read_json(path, dict))
         check_settings(path.parent, started, wanted)
     wanted["noise"] = started.get("noise", started.get("evaluation_seed"))  # of the first edition
     write_json(path, {"command": command, **wanted, "iterations": flags.iterations})

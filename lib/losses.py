@@ -76,7 +76,7 @@ def safeguarded(loser, winner_miss, loser_miss, mu=0.9):
 def pair_loss(velocity, old, xt, target, t, A, settings):
     """L_CRPO of pairs, clip 0 the winner; --loss dpo: L_DPO-FM alone.
 
-    The KL (ours) has the units of the preference: that does not see both errors rise together."""
+    The KL (ours) is in units of the preference, which does not see both errors rise together."""
     winner, loser = errors(velocity, target).chunk(2)                           # (B,) each
     reference = errors(old, target).chunk(2)
     if settings.safeguard is not None:
