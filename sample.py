@@ -35,7 +35,7 @@ from lib.text import (concat_conditions, encode_prompts, moved, null_condition, 
 from lib.weights import code_hash, model_folder, module_hash, policy_hash, resolve, weights_hash
 from model import ModelConfig, load_model
 from vae import codec_place
-from world.scenes import fitting_seconds
+from world.scenes import fitting_seconds, sounds_named
 from world.sounds import CLIP_SAMPLES, EVENT_NAMES, SAMPLE_RATE
 
 # the second paper's submissions (III-E): guidance on text and a score beyond the training's
@@ -327,6 +327,8 @@ def main(argv=None):
         usual = default_duration(config.max_duration)
         if config.max_duration == CLIP_SAMPLES / SAMPLE_RATE:       # a model of the world
             usual = fitting_seconds(row["prompt"], usual)
+            if sounds_named(row["prompt"]) > 3:
+                warn(f"the toy knows three sounds at most, not as many as: {row['prompt'][:80]}")
         seconds = row["duration"] = row["duration"] or args.duration or usual
         if seconds > config.max_duration:
             raise UserError(f"a duration of {seconds} s: at most {config.max_duration:g} s here")

@@ -52,6 +52,7 @@ FLAGS = {"model": [
     flag("--scenes", None, "training scenes; none: those visited, at most 100,000", 1, kind=int),
     flag("--val_scenes", 512, "held-out scenes", 1),
     flag("--world_seed", 0, "seed of the training scenes", 0),
+    flag("--events", [], "its sounds, such as rain beep violin; none: all 28", kind=str, nargs="*"),
     flag("--relations", [0.14, 0.24, 0.34, 0.28], "weights of scenes with one sound, two at once, "
          "two in order, three in order", 1e-6, 1e6, nargs=4),
     flag("--counted", 0.35, "share of countable sounds whose number is named", 0, 1),
@@ -246,17 +247,20 @@ def validate(flow, encoder, batches, autocast, suffix=""):
 
 def world_data(args, codec, encoder, samples):
     """(training Data, held-out Data) of the built-in world; a clip has `samples` samples."""
-    folder = Path(args.cache or default_folder(None))
+    only = tuple(args.events)
+    names = "_".join(["", *only]).replace(" ", "-")
+    folder = Path(args.cache or default_folder(None, f"train{names}"))
     scenes = args.scenes or SCENES
     visited = args.train_steps * args.batch_size * args.processes
     whole = args.scenes or args.cache or args.epochs or (folder / "text.json").is_file()
     if visited < SCENES and not whole:          # a short run renders the scenes that it visits
         scenes = math.ceil(visited / 256) * 256
-        folder = default_folder(None, f"train_{scenes}")
+        folder = default_folder(None, f"train{names}_{scenes}")
     cache = world_cache(folder, codec, "train", scenes, args.world_seed, samples, args.workers,
-                        relations=tuple(args.relations), counted=args.counted, weak=args.weak)
-    folder = f"{args.cache}_val" if args.cache else default_folder(None, "val")
-    held = world_cache(folder, codec, "val", args.val_scenes, 0, samples, args.workers)
+                        relations=tuple(args.relations), counted=args.counted, weak=args.weak,
+                        only=only)
+    folder = f"{args.cache}_val" if args.cache else default_folder(None, f"val{names}")
+    held = world_cache(folder, codec, "val", args.val_scenes, 0, samples, args.workers, only=only)
     text = encoder, args.max_text_length, not args.train_text
     return prepare(cache, cache.kept, *text), prepare(held, held.kept, *text)
 

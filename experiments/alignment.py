@@ -6,6 +6,7 @@
     python -m experiments.alignment guidance                # base and aligned over guidance 1 to 6
     python -m experiments.alignment recovered --aligned runs/crpo/iteration_5
     python -m experiments.alignment progress --runs runs/crpo        # gains over clips generated
+    python -m experiments.alignment silent                  # silent clips of prompts that count
 
 Prints its tables and writes OUT/NAME.md, .json and pictures. Who judges, and how differences are
 tested: see evaluate.py. `room` and `methods` run crpo.py in --runs and go on where they stopped;
@@ -26,7 +27,7 @@ import crpo
 from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, as_clips, bootstrap, cells,
                       change_table, fooled, gains, held_out_clips, read_judged, summary)
 from experiments.models import (best_of, best_of_table, candidates_of, guidance, recovered,
-                                short_name, truth)
+                                short_name, silent, truth)
 from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_device, flag,
                         markdown, parse_commands, picture, read_json, read_jsonl, run_main,
                         write_jsonl, write_report)
@@ -91,6 +92,12 @@ COMMANDS = {
                  flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
                  flag("--clean", str(CLEAN), "the model that learned from true captions alone")],
         **COMMON}),
+    "silent": ("silent clips where a prompt counts", {
+        "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
+                 flag("--prompts", 20, "counted prompts, at most 30", 1, 30),
+                 flag("--num_samples", 16, "clips of each", 1),
+                 flag("--duration", 4.0, "seconds", 0.1, 4.0),
+                 flag("--steps", 10, "solver steps", 1)], **COMMON}),
     "guidance": ("base and aligned over the guidance scale", {
         "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
                  flag("--scales", [1.0, 1.5, 2.0, 3.0, 4.5, 6.0], "guidance", 0, nargs="+"),
@@ -335,7 +342,7 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
 # ----------------------------------------------------------------------------- command line
 
 TABLES = {"best_of": best_of_table, "room": room, "methods": methods, "recovered": recovered,
-          "guidance": guidance, "progress": progress}
+          "guidance": guidance, "progress": progress, "silent": silent}
 
 
 def main(argv=None):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import (HEADS, MEASURES, bootstrap, cells, change_table, compare, gains, measure,
-                      sampled, summary)
+from evaluate import (HEADS, MEASURES, SILENT, Asked, bootstrap, cells, change_table, compare,
+                      gains, measure, sampled, summary)
 from lib.common import UserError, markdown, picture
 from lib.text import number, tables
 from model import load_model
 from world.ears import COLUMNS, hear, scores, tally_all
-from world.scenes import World, render_clips
+from world.scenes import NUMBERS, World, render_clips
+from world.sounds import COUNTABLE, EVENTS
 
 
 def short_name(source):
@@ -115,6 +116,21 @@ def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
     note = "Each at its best guidance by the judge on these prompts; the choice widens no interval:"
     paragraphs = [tables(["clips", *HEADS], rows), note, change_table(changes)]
     return paragraphs, {"fronts": fronts, "changes": changes}
+
+
+# ----------------------------------------------------------------------------- silent clips
+
+def silent(device, sampler, models, prompts, num_samples, duration, **_):
+    """Prompts that count ("three beeps") at more seconds than they fill: is there any sound?"""
+    counted = [f"{word} {EVENTS[name].counted}" for word in NUMBERS.values() for name in COUNTABLE]
+    asked = [Asked(prompt, duration) for prompt in counted[:prompts] for _ in range(num_samples)]
+    rows = []
+    for source in models:
+        clips, _ = sampled(load_model(source, device), asked, sampler)
+        quiet = clips.abs().amax(1) < SILENT                                    # (M N,)
+        most = quiet.view(prompts, -1).sum(1).max()
+        rows.append([short_name(source), f"{quiet.sum()} of {len(quiet)}", int(most)])
+    return [markdown(["model", "silent clips", "of a prompt, most"], rows)], {"rows": rows}
 
 
 # ----------------------------------------------------------------------------- recovered

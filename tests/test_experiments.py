@@ -145,6 +145,14 @@ def test_guidance_shows_a_front(place, monkeypatch):  # noqa: F811
     assert "a at 3" in text and len(numbers["fronts"]["b"]) == 2 and len(numbers["changes"]) == 1
 
 
+def test_silent_clips_are_counted(place, monkeypatch):  # noqa: F811
+    clips = torch.tensor([[0.05, 0.2], [0.05, -0.05], [-0.3, 0], [0, 0], [0, 0], [0.1, 0]])    # of three prompts two
+    monkeypatch.setattr(models, "sampled", lambda model, asked, sampler: (clips, None))
+    flags = "--prompts 3 --num_samples 2 --device cpu --out out --cache cache".split()
+    text, numbers = run_alignment(place, monkeypatch, "silent", *flags, "--models", str(place / "a"))
+    assert numbers["rows"] == [["a", "3 of 6", 1]]
+
+
 def test_what_is_recovered(place, monkeypatch):  # noqa: F811
     rows, found = np.arange(4), {"base": [0.2], "clean": [0.6], "aligned": [0.3, 0.5]}
     sets = {name: [{"judge": np.full(4, value)} for value in values] for name, values in found.items()}

@@ -263,13 +263,15 @@ def test_file_names_keep_letters_of_any_script():
     assert [path.name for path in paths] == ["0000_дождь.wav", "0001_prompt.wav", "0002_a-violin.wav"]
 
 
-def test_odd_prompts_warn(folder, tmp_path, capsys):
+def test_odd_prompts_warn(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "CLIP_SAMPLES", 0.512 * 16000)      # a model of the world
     odd = "a zebra", "\U0001f600 rain", "\u4e0b\u96e8", "rain and wind " * 720, " "
     run(folder, *(word for prompt in odd for word in ("--prompt", prompt)), "--output", tmp_path)
     warnings = capsys.readouterr().err
     for shown in ("no words for: zebra, \u4e0b\u96e8, \U0001f600.", "violin", "--checkpoint declare-lab/TangoFlux",
-                  "1 of 5 prompts cut to 64 tokens", "any sound at all"):
+                  "1 of 5 prompts cut to 64 tokens", "any sound at all", "three sounds at most, not as many as: rain and"):
         assert shown in warnings
+    assert warnings.count("three sounds at most") == 1
     assert len(list(tmp_path.glob("*.wav"))) == 5
     own = shutil.copytree(folder, tmp_path / "own")                 # fine-tuned on captions with these words
     config = json.loads((own / "config.json").read_text())

@@ -348,6 +348,7 @@ def test_a_short_run_does_not_render_all_scenes(new_flow, tmp_path, monkeypatch)
     whole = ("cache/world_train", 100_000)
     assert asked() == ("cache/world_train_256", 256)
     assert asked(train_steps=3000) == ("cache/world_train_6144", 6144)
+    assert asked(events=["rain", "church organ", "bird"])[0] == "cache/world_train_rain_church-organ_bird_256"
     assert asked(train_steps=60000) == asked(epochs=1.0) == whole and asked(scenes=7) == ("cache/world_train", 7)
     (tmp_path / "cache" / "world_train").mkdir(parents=True)
     (tmp_path / "cache" / "world_train" / "text.json").write_text("{}")

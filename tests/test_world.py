@@ -157,6 +157,18 @@ def test_a_counted_prompt_gets_the_seconds_that_it_fills():
     assert scenes.fitting_seconds("Three beeps followed by rain", 4.0) == 3.0   # half of it
     assert scenes.fitting_seconds("four cymbal crashes", 4.0) == 3.6
     assert scenes.fitting_seconds("beeping", 4.0) == scenes.fitting_seconds("", 4.0) == 4.0
+    told = "rain", "first rain, then wind, and finally two beeps", "a bird and rain, then a violin after wind"
+    assert list(map(scenes.sounds_named, told)) == [1, 3, 4]
+
+
+def test_a_small_world_sounds_of_its_events_alone():
+    """Of three names there are scenes of three; of names that may not meet none, which no draw could find."""
+    small = World("train", only=("rain", "beep", "violin"))
+    events = [{event.name for event in small.scene(index).events} for index in range(60)]
+    assert set.union(*events) == {"rain", "beep", "violin"} and max(map(len, events)) == 3
+    assert "only" in small.settings() and "only" not in World().settings()      # older caches stay valid
+    for names in (("rein", "beep", "violin", "rain"), ("rain", "beep"), ("rain", "rain", "beep"), ("beep", "clock", "drip")):
+        refused(f"events {', '.join(names)}: name three or more that may meet", World, only=names)
 
 
 def test_weak_captions_are_false_in_one_thing():

@@ -9,7 +9,7 @@ pairs of events in sounds/unseen_pairs.json sound in no training scene: they mak
 import re
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, combinations
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from world.sounds import (CLIP_SAMPLES, DEGRADATIONS, EVENT_NAMES, EVENTS, SAMPL
 
 FIRST_EVENTS = 4078116935113008665              # derive_seed(*EVENT_NAMES)
 NUMBERS = {2: "two", 3: "three", 4: "four"}     # what a prompt may count
+IN_ORDER = " then |followed by|, then| after "
 CAPTIONS = {                                    # (relation, number of events): forms of a caption
     ("single", 1): ("{0}", "{0}", "the sound of {0}", "{0} can be heard"),
     ("and", 2): (
@@ -119,12 +120,18 @@ def almost(rng, relation, events):
 
 def fitting_seconds(prompt, seconds):
     """`seconds`, or fewer where a prompt counts: scenes of `World` never stretch counted strikes."""
-    parts = len(re.split(" then |followed by|, then| after ", prompt))
+    parts = len(re.split(IN_ORDER, prompt))
     for event in EVENTS.values():
         for count, word in NUMBERS.items():
             if event.counted and f"{word} {event.counted}" in prompt.lower():
                 seconds = min(seconds, parts * count * event.spacing[1])
     return round(seconds, 2)
+
+
+def sounds_named(prompt):
+    """How many sounds a prompt names, told by the words that join them; scenes have at most 3."""
+    parts = re.split(f"{IN_ORDER}| and | with |,", prompt)
+    return sum(part.strip() != "" for part in parts)
 
 
 def near_misses(rng, relation, events, number):
@@ -204,14 +211,23 @@ class World:
     relations: tuple = (0.14, 0.24, 0.34, 0.28)  # weights of the rows of CAPTIONS
     counted: float = 0.35   # share of the countable events that prompts count
     weak: float = 0.0       # share of the captions that are false in one thing, as on the web
+    only: tuple = ()        # names of the events that may sound, of which three may meet; (): all
+
+    def __post_init__(self):
+        self.names = list(self.only) or EVENT_NAMES
+        unknown = set(self.names) - set(EVENT_NAMES)
+        if unknown or not any(map(self.allowed, combinations(set(self.names), 3))):
+            raise UserError(f"events {', '.join(self.names)}: name three or more that may meet in "
+                            f"training (sounds/unseen_pairs.json), of {', '.join(EVENT_NAMES)}")
 
     def settings(self):
-        """What decides the scenes, for cache keys, so that older caches stay valid: "weak"
-        unless 0, "events" unless the first table."""
+        """What decides the scenes, for cache keys, so that older caches stay valid: "weak" and
+        "only" where they are given, "events" unless the first table."""
         table = derive_seed(*EVENT_NAMES)
         settings = {"world": 1, **asdict(self), "relations": list(self.relations)}
-        if not self.weak:
-            del settings["weak"]
+        for name in ("weak", "only"):
+            if not settings[name]:
+                del settings[name]
         if table != FIRST_EVENTS:
             settings["events"] = table
         return settings
@@ -225,7 +241,7 @@ class World:
         if self.pairs == "unseen":
             return rng.permutation(rng.choice(unseen_pairs())).tolist()
         while True:
-            names = rng.permutation(EVENT_NAMES)[:number].tolist()
+            names = rng.permutation(self.names)[:number].tolist()
             if self.allowed(names):
                 return names
 
