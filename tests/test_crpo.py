@@ -15,6 +15,7 @@ from lib import losses
 from lib.audio import write_wav
 from lib.common import UserError, generator, locked, parse_flags, pick, read_json, read_jsonl, write_json
 from lib.losses import crpo_loss, dpo_fm_loss
+from lib.mel import griffin_lim
 from lib.text import Condition, concat_conditions
 from lib.weights import load_tensors, save_tensors, trainable
 from model import TangoFlux, load_model
@@ -219,7 +220,7 @@ def test_every_trained_tensor_moves_and_nothing_else(whole):
 
 def test_the_reference_nan_rewards_ties_and_what_a_kill_left(claps, whole, tmp_path, monkeypatch, capsys):
     """The reference is the policy as it came; two prompts make no pair; a half-written file is not read."""
-    seen, loads, real, two_velocities = [], [], Clap.scores, crpo.two_velocities
+    seen, loads, rounds, real, two_velocities = [], [], [], Clap.scores, crpo.two_velocities
 
     def spy(flow, reference, *rest):
         seen.append({name: p.clone() for name, p in reference.named_parameters()})
@@ -231,11 +232,14 @@ def test_the_reference_nan_rewards_ties_and_what_a_kill_left(claps, whole, tmp_p
             scores[4], scores[6:9] = float("nan"), 0.25
         return scores
     monkeypatch.setattr(crpo, "two_velocities", spy)
+    monkeypatch.setattr("lib.mel.griffin_lim", lambda mel, log_mel, iterations: rounds.append(iterations) or griffin_lim(
+        mel, log_mel, 1))
     monkeypatch.setattr("model.load_model", lambda *rest, **more: loads.append(rest) or load_model(*rest, **more))
     monkeypatch.setattr(Clap, "scores", broken)
     folder = tmp_path / "iteration_1"
     save_tensors(folder / "candidates" / ".0000000.x.safetensors", {"latents": torch.zeros(4, 1, 1)})
-    run(claps, tmp_path, iterations=1, save_clips=12)
+    run(claps, tmp_path, iterations=1, save_clips=12, vocoder_steps=3)
+    assert rounds == [24, 3, 24]                                                # base, candidates, iteration 1
     latents = [load_tensors(at / "candidates.safetensors")["latents"] for at in (folder, whole[0] / "iteration_1")]
     assert torch.allclose(*latents, atol=1e-4) and not (folder / "candidates").exists()
     assert len(read_jsonl(folder / "pairs.jsonl")) == 2
