@@ -42,9 +42,9 @@ from tqdm import tqdm
 from data import read_pairs, read_prompts
 from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
-                        choose_device, flag, generator, parse_flags, pick, read_json, read_jsonl,
-                        reading, relative_to_here, run_main, side_by_side, stop_on_signal,
-                        whole_blocks, write_json, write_jsonl, write_report)
+                        choose_device, choose_dtype, flag, generator, parse_flags, pick, read_json,
+                        read_jsonl, reading, relative_to_here, run_main, side_by_side,
+                        stop_on_signal, whole_blocks, write_json, write_jsonl, write_report)
 from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
 from lib.text import null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
@@ -75,7 +75,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
-    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.4, awm "
+    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.15, awm "
          "1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
     flag("--safeguard", None, "hold on the losers, mu (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
@@ -96,10 +96,10 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
     flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
-    flag("--epochs", 5, "passes over the rows of an iteration (paper: 8)", 1),
+    flag("--epochs", 2, "passes over the rows of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
     flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
-    flag("--learning_rate", 3e-4, "peak learning rate (paper: 1e-5)", 0),
+    flag("--learning_rate", 5e-4, "peak learning rate (paper: 1e-5)", 0),
     flag("--warmup_steps", 10, "steps to the peak, at most a quarter of all (paper: 100)", 0),
     flag("--decay", True, "linear decay of the rate to 0 (official: the same)"),
     flag("--beta1", 0.9, "beta1 of AdamW (paper: 0.9)", 0, 0.99999),
@@ -385,7 +385,8 @@ def run(command="crpo.run(...)", **settings):
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)
-        model = load_policy(policy, device, args.score_head, args.generation_batch)
+        dtype, _ = choose_dtype(args.dtype, device)         # of sampling; training: autocast_for
+        model = load_policy(policy, device, args.score_head, args.generation_batch, dtype)
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")
         if args.pairs and (args.shuffle or args.loss not in PAIRS):
@@ -450,7 +451,7 @@ def run(command="crpo.run(...)", **settings):
 
             # what the judges say of it
             policy, before = str(folder), list(found.values())[-1]
-            model = load_policy(policy, device, args.score_head, args.generation_batch)
+            model = load_policy(policy, device, args.score_head, args.generation_batch, dtype)
             clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
             found[name] = judged(folder / "heard.safetensors", judges, clips_of, scenes)
             warnings += alarms(name, read_json(folder / "report.json"), before, found[name])

@@ -454,9 +454,9 @@ def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", 
     return model
 
 
-def load_policy(folder, device, score_head=None, batch_size=0):
+def load_policy(folder, device, score_head=None, batch_size=0, dtype=torch.float32):
     """load_model, its head run as `score_head`; quick at sampling batch_size clips, if not 0."""
-    model = load_model(folder, device)
+    model = load_model(folder, device, dtype)
     if score_head:
         model.flow, is_new = with_score_head(model.flow, score_head)
         if is_new:

@@ -28,18 +28,18 @@ from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, as_clips, bootstr
                       change_table, fooled, gains, held_out_clips, read_judged, summary)
 from experiments.models import (best_of, best_of_table, candidates_of, guidance, recovered,
                                 short_name, silent, truth)
-from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_device, flag,
-                        markdown, parse_commands, picture, read_json, read_jsonl, run_main,
-                        write_jsonl, write_report)
+from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_device,
+                        choose_dtype, flag, markdown, parse_commands, picture, read_json,
+                        read_jsonl, run_main, write_jsonl, write_report)
 from lib.text import number, tables
 from lib.weights import load_tensors
-from model import load_model
+from model import load_model, load_policy
 from sample import Sampling, decode, sampler_of
 from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
 # settings of crpo.py by which each loss is run, at equal clips generated
-PAIRED = {"pairs_per_prompt": 3, "epochs": 5, "learning_rate": 3e-4}       # crpo.py's defaults
+PAIRED = {"pairs_per_prompt": 3, "epochs": 2, "learning_rate": 5e-4}       # crpo.py's defaults
 ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
 METHODS = {
     "crpo": {"loss": "crpo", **PAIRED},
@@ -306,7 +306,9 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     places = range(crpo.HELD_OUT, crpo.HELD_OUT + config["eval_prompts"])
     _, scenes = render_clips(World("val", pairs="all"), places)
     sampler = sampler_of(Namespace(**config))
-    heard = held_out_clips(load_model(clean, device), scenes, config["noise"], sampler)
+    dtype, _ = choose_dtype(config["dtype"], device)
+    model = load_policy(clean, device, dtype=dtype)
+    heard = held_out_clips(model, scenes, config["noise"], sampler)
     levels = {"real scenes": summary(real, real),
               "true captions": summary(judges.judge(heard, scenes), real)}
 
