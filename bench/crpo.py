@@ -25,12 +25,12 @@ from tqdm import tqdm
 import crpo
 from bench.official import Clock, comparison
 from lib.audio import fit_audio, read_audio, write_wav
-from lib.common import (BASE, check_writable, flag, markdown, parse_flags, pick, run_main,
-                        write_report)
+from lib.common import (BASE, check_writable, choose_dtype, flag, markdown, parse_flags, pick,
+                        run_main, write_report)
 from lib.losses import pair_loss, with_defaults
 from lib.text import concat_conditions, encode_prompts, null_condition
 from lib.weights import make_optimizer, set_rate, trainable
-from model import load_model
+from model import load_model, load_policy
 from reward import REWARD, load_clap, make_pairs, pairs_of
 from sample import decode, euler, guided_velocity, noise_for, sampler_of, schedule
 from train_fm import interpolate
@@ -144,23 +144,26 @@ def main(argv=None):
         "checkpoint": args.checkpoint})
     settings.batch_size = min(settings.batch_size, args.prompts)
     settings.train_steps = math.ceil(args.epochs * args.prompts / settings.batch_size)
+    device = torch.device("cpu")
+    dtype, _ = choose_dtype(settings.dtype, device)
+    quick = load_policy(args.checkpoint, device, None, settings.generation_batch, dtype)
     model, clap = load_model(args.checkpoint), load_clap(REWARD)
     config = model.flow.config
     loss = with_defaults(pick(crpo.Loss, settings), config["audio_seq_len"], config["in_channels"])
     settings.beta, settings.kl_weight = loss.beta, loss.kl_weight
     longest = config["max_duration"]
     pool = crpo.prompt_pool(None, settings.pool, args.prompts, longest)
-    ways = {f"ours, {settings.steps} steps": (ours, settings.steps)}
+    ways = {f"ours, {settings.steps} steps": (ours, quick, settings.steps)}
     for steps in (settings.steps, args.official_steps):
-        ways[f"official way, {steps} steps"] = (official_way, steps)
+        ways[f"official way, {steps} steps"] = (official_way, model, steps)
 
     # the ways take turns
     runs = {name: [] for name in ways}
     for repeat in range(args.repeats + 1):
-        for name, (way, steps) in ways.items():
+        for name, (way, policy, steps) in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 prompts = crpo.draw_prompts(Path(folder), pool, args.prompts, 0, 1)
-                seconds = way(Path(folder), model, clap, prompts, settings, steps)
+                seconds = way(Path(folder), policy, clap, prompts, settings, steps)
             seconds["whole iteration"] = seconds.total()
             if repeat:                                          # the first warms up
                 runs[name].append(seconds)
