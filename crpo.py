@@ -64,8 +64,8 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--prompts", 320, "M, drawn anew in each iteration (paper: 20000)", 1),
     flag("--num_samples", 8, "N, clips of each prompt (paper: 5)", 2),
     flag("--pool", 20000, "training scenes whose prompts make the pool (paper: 45k)", 1),
-    flag("--relations", [0.1, 0.4, 0.28, 0.22], "weights of scenes in the pool, as in train_fm.py; as "
-         "many at once as the base learned from", 1e-6, 1e6, nargs=4),
+    flag("--relations", [0.1, 0.4, 0.28, 0.22], "weights of their scenes, as in train_fm.py; those "
+         "that the base learned from", 1e-6, 1e6, nargs=4),
     flag("--counted", 0.7, "share of their countable sounds whose number is named", 0, 1),
     flag("--prompt_file", None, "the pool instead: .txt or .jsonl (paper: AudioCaps)"),
     flag("--offline", False, "train on the first iteration's pairs in all of them (paper Fig. 2)"),
@@ -78,8 +78,8 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
-    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.15, awm "
-         "1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
+    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.15, "
+         "awm 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
     flag("--safeguard", None, "hold on the losers, mu (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
