@@ -64,9 +64,6 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--prompts", 320, "M, drawn anew in each iteration (paper: 20000)", 1),
     flag("--num_samples", 8, "N, clips of each prompt (paper: 5)", 2),
     flag("--pool", 20000, "training scenes whose prompts make the pool (paper: 45k)", 1),
-    flag("--relations", [0.1, 0.4, 0.28, 0.22], "weights of their scenes, as in train_fm.py; those "
-         "that the base learned from", 1e-6, 1e6, nargs=4),
-    flag("--counted", 0.7, "share of their countable sounds whose number is named", 0, 1),
     flag("--prompt_file", None, "the pool instead: .txt or .jsonl (paper: AudioCaps)"),
     flag("--offline", False, "train on the first iteration's pairs in all of them (paper Fig. 2)"),
     flag("--pairs", None, "static preference set instead, one iteration (paper 4.3)"),
@@ -296,13 +293,12 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
 
 # ----------------------------------------------------------------------------- prompts to pairs
 
-def prompt_pool(prompt_file, size, count, max_duration, **mix):
-    """What `count` prompts are drawn from: rows of a file, or of `size` training scenes; mix:
-    World's relations, counted."""
+def prompt_pool(prompt_file, size, count, max_duration):
+    """What `count` prompts are drawn from: rows of a file, or of `size` training scenes."""
     if prompt_file:
         rows = read_prompts(prompt_file)
     else:
-        scenes = map(World("train", seed="crpo", **mix).scene, range(size))
+        scenes = map(World("train", seed="crpo").scene, range(size))
         rows = [{"prompt": scene.prompt, "duration": scene.duration} for scene in scenes]
     if len(rows) < count:
         raise UserError(f"--prompts {count} is more than the {len(rows)} of the pool")
@@ -404,8 +400,7 @@ def run(command="crpo.run(...)", **settings):
             args.iterations = 1
         else:
             longest = model.flow.config["max_duration"]
-            pool = prompt_pool(args.prompt_file, args.pool, args.prompts, longest,
-                               relations=args.relations, counted=args.counted)
+            pool = prompt_pool(args.prompt_file, args.pool, args.prompts, longest)
         config = begin(out / "config.json", command, args, policy_hash(policy), judges)
 
         # who is judged, on the same scenes: real ones, the base, every iteration, the result

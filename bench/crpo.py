@@ -152,8 +152,7 @@ def main(argv=None):
     loss = with_defaults(pick(crpo.Loss, settings), config["audio_seq_len"], config["in_channels"])
     settings.beta, settings.kl_weight = loss.beta, loss.kl_weight
     longest = config["max_duration"]
-    mix = {"relations": settings.relations, "counted": settings.counted}
-    pool = crpo.prompt_pool(None, settings.pool, args.prompts, longest, **mix)
+    pool = crpo.prompt_pool(None, settings.pool, args.prompts, longest)
     ways = {f"ours, {settings.steps} steps": (ours, quick, settings.steps)}
     for steps in (settings.steps, args.official_steps):
         ways[f"official way, {steps} steps"] = (official_way, model, steps)

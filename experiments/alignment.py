@@ -161,8 +161,7 @@ def true_rewards(folder, base, tagger, device):
     rows = read_jsonl(folder / "iteration_1" / "scores.jsonl")
     latents = load_tensors(folder / "iteration_1" / "candidates.safetensors")["latents"]
     codec, tagger = load_model(base, device, parts=("codec",)).codec, load_tagger(tagger, "judge")
-    mix = {name: read_json(folder / "config.json")[name] for name in ("relations", "counted")}
-    world, found = World("train", seed="crpo", **mix), []
+    world, found = World("train", seed="crpo"), []
     for start in range(0, len(rows), 256):
         some = rows[start:start + 256]
         audios = decode(codec, latents[start:start + 256], [row["duration"] for row in some])

@@ -241,7 +241,6 @@ class Lab:
         # as the tracked tables were made: crpo.py's own defaults are those of a weak base
         settings |= {"score_head": "v2", "iterations": 1, "eval_prompts": 2, "num_samples": 5,
                      "pairs_per_prompt": 1, "epochs": 24, "beta": 2000.0, "learning_rate": 1e-4,
-                     "relations": [0.14, 0.24, 0.34, 0.28], "counted": 0.35,
                      "prompts": given.crpo_prompts, "vocoder_steps": 24, "kl_weight": 0.0}
         return self.trained(name, seed, crpo.run, settings) / "iteration_1"
 

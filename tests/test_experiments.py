@@ -88,7 +88,7 @@ TINY = ("--num_samples 3 --prompts 4 --eval_prompts 8 --steps 2 --draws 20 --dev
 def run_alignment(place, monkeypatch, command, *more):  # noqa: F811
     monkeypatch.chdir(place)
     pool = crpo.prompt_pool
-    monkeypatch.setattr(crpo, "prompt_pool", lambda file, size, *more, **mix: pool(file, 50, *more, **mix))
+    monkeypatch.setattr(crpo, "prompt_pool", lambda file, size, *more: pool(file, 50, *more))
     for how in (alignment.PAIRED, *alignment.METHODS.values()):
         monkeypatch.setitem(how, "epochs", 1)
     ears = ["--reward", str(place / "reward"), "--judge", str(place / "judge"), "--tagger", str(place)]
@@ -187,7 +187,7 @@ def chain(place, sounds):  # noqa: F811
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(place)                                        # cache/ goes there
         for script in (crpo, expert_iteration):                         # 50 prompts are enough
-            monkeypatch.setattr(script, "prompt_pool", lambda file, size, *more, **mix: pool(file, 50, *more, **mix))
+            monkeypatch.setattr(script, "prompt_pool", lambda file, size, *more: pool(file, 50, *more))
         yield partial(run_attm, place, sounds)
 
 
