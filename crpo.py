@@ -75,7 +75,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
-    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.15, "
+    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.4, "
          "awm 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
     flag("--safeguard", None, "hold on the losers, mu (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
@@ -99,7 +99,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--epochs", 2, "passes over the rows of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
     flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
-    flag("--learning_rate", 5e-4, "peak learning rate (paper: 1e-5)", 0),
+    flag("--learning_rate", 8e-4, "peak learning rate (paper: 1e-5)", 0),
     flag("--warmup_steps", 10, "steps to the peak, at most a quarter of all (paper: 100)", 0),
     flag("--decay", True, "linear decay of the rate to 0 (official: the same)"),
     flag("--beta1", 0.9, "beta1 of AdamW (paper: 0.9)", 0, 0.99999),
