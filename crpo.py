@@ -466,7 +466,7 @@ def main(argv=None):
     run(f"python crpo.py {shlex.join(words)}", **vars(args))
     last = 1 if args.pairs else args.iterations
     before = relative_to_here(args.checkpoint)
-    print(f"wrote {args.out}: crpo.md, iteration_1 to {last}: models, pairs, scores\nnext: python "
+    print(f"wrote {args.out}: crpo.md; models, pairs, scores of {last} iteration(s)\nnext: python "
           f"evaluate.py --checkpoint {args.out}/iteration_{last} --against {before}")
 
 

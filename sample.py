@@ -331,7 +331,7 @@ def main(argv=None):
                 warn(f"the toy knows three sounds at most, not as many as: {row['prompt'][:80]}")
         seconds = row["duration"] = row["duration"] or args.duration or usual
         if seconds > config.max_duration:
-            raise UserError(f"a duration of {seconds} s: at most {config.max_duration:g} s here")
+            raise UserError(f"a duration of {seconds} s: ask for at most {config.max_duration:g} s")
     rows = [row for row in rows for _ in range(args.num_samples)]
 
     # the files that they will be, and what they depend on
@@ -384,7 +384,8 @@ def main(argv=None):
         write_json(path.with_suffix(".json"), record)       # first: a WAV that is there is whole
         write_wav(path, audio, rate)
         print(f"wrote {path} ({audio.shape[-1] / rate:.2f} s): {record['prompt'][:100]}")
-    print(f'next: python sample.py --prompt "three beeps and wind" --seed {args.seed + 1}')
+    print(f'next: python sample.py --checkpoint {relative_to_here(args.checkpoint)} --prompt '
+          f'"three beeps and wind" --seed {args.seed + 1}')
 
 
 if __name__ == "__main__":

@@ -466,7 +466,8 @@ def main():
     rank, out, step, steps = train(**vars(args))
     if rank == 0:
         draw_log(out, [("loss", "log", {"training": "loss", "held-out clips": "val_loss_ema"})])
-        print(f"wrote {out} after step {step} of {steps}; the same command goes on")
+        more = "; the same command goes on" if step < steps else ""
+        print(f"wrote {out} after step {step} of {steps}{more}")
         print(f'next: python sample.py --checkpoint {out} --prompt "rain followed by a violin"')
 
 

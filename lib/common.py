@@ -48,7 +48,7 @@ def reading(path, remedy="download or write it again"):
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path} is missing") from error
+        raise UserError(f"{error.filename or path} is missing; check the path") from error
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if re.search("weights_only|PytorchStream", reason):     # torch's long advice

@@ -215,10 +215,12 @@ class World:
 
     def __post_init__(self):
         self.names = list(self.only) or EVENT_NAMES
-        unknown = set(self.names) - set(EVENT_NAMES)
-        if unknown or not any(map(self.allowed, combinations(set(self.names), 3))):
-            raise UserError(f"events {', '.join(self.names)}: name three or more that may meet in "
-                            f"training (sounds/unseen_pairs.json), of {', '.join(EVENT_NAMES)}")
+        unknown = ", ".join(set(self.names) - set(EVENT_NAMES))
+        if unknown:
+            raise UserError(f"the world has no {unknown}; its events: {', '.join(EVENT_NAMES)}")
+        if not any(map(self.allowed, combinations(set(self.names), 3))):
+            raise UserError(f"no three of {', '.join(self.names)} may meet in training "
+                            "(sounds/unseen_pairs.json): name more events")
 
     def settings(self):
         """What decides the scenes, for cache keys, so that older caches stay valid: "weak" and
