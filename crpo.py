@@ -6,7 +6,7 @@
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)
 
 Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where it is found: a killed
-run ends with the same bits. Clip i is made from (seed, i).
+run ends with the same bits. Clip i is made from (seed, i); in bfloat16, on its batch a little too.
 
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEANS over (L, C), as the code (Eq. 2: sums, no 0.5: --reduction sum
@@ -44,7 +44,7 @@ from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
                         choose_device, choose_dtype, flag, generator, parse_flags, pick, read_json,
                         read_jsonl, reading, relative_to_here, run_main, side_by_side,
-                        stop_on_signal, whole_blocks, write_json, write_jsonl, write_report)
+                        stop_on_signal, warn, whole_blocks, write_json, write_jsonl, write_report)
 from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
 from lib.text import null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
@@ -385,8 +385,12 @@ def run(command="crpo.run(...)", **settings):
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)
-        dtype, _ = choose_dtype(args.dtype, device)         # of sampling; training: autocast_for
+        dtype, reason = choose_dtype(args.dtype, device)
+        print(f"candidates: {str(dtype).removeprefix('torch.')} ({reason})")
         model = load_policy(policy, device, args.score_head, args.generation_batch, dtype)
+        if model.codec.kind != "mel" and args.learning_rate > 1e-4:
+            warn("the toy's rate at full size; paper: --learning_rate 1e-5 --epochs 8 --steps 50 "
+                 "--guidance_scale 4.5 --num_samples 5 --pairs_per_prompt 1 --kl_weight 0")
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")
         if args.pairs and (args.shuffle or args.loss not in PAIRS):
@@ -466,7 +470,7 @@ def main(argv=None):
     run(f"python crpo.py {shlex.join(words)}", **vars(args))
     last = 1 if args.pairs else args.iterations
     before = relative_to_here(args.checkpoint)
-    print(f"wrote {args.out}: crpo.md; models, pairs, scores of {last} iteration(s)\nnext: python "
+    print(f"wrote {args.out}: crpo.md, a folder for each iteration\nnext: python "
           f"evaluate.py --checkpoint {args.out}/iteration_{last} --against {before}")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import train_fm
 from crpo import draw_prompts, make_candidates, prompt_pool, score_candidates
-from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device,
+from lib.common import (DEVICE, DTYPE, UserError, check_settings, choose_device, choose_dtype,
                         derive_seed, file_hash, flag, parse_flags, read_json, read_jsonl,
                         reading, run_main, write_json, write_jsonl)
 from lib.weights import code_hash, policy_hash, run_folder, save_tensors
@@ -108,6 +108,7 @@ def run(**settings):
         clap = load_clap(args.clap, device)
         scorers = {"reward": TrainedRanker(args.ranker, device), "clap": clap}
         sampler = sampler_of(args)
+        dtype, _ = choose_dtype(args.dtype, device)
         policy = str(args.checkpoint)
         config = load_policy(policy, device).flow.config
         if not config.get("score_head"):
@@ -130,7 +131,7 @@ def run(**settings):
             if not (folder / "report.json").is_file():
                 # sample, one clip of each prompt
                 seed = derive_seed(args.seed, "round", k) % 2 ** 40
-                model = load_policy(policy, device, None, args.generation_batch)
+                model = load_policy(policy, device, None, args.generation_batch, dtype)
                 rows = draw_prompts(folder, pool, args.prompts, args.seed, k)
                 latents = make_candidates(folder, model, rows, seed, sampler, args.save_clips)
 

@@ -415,7 +415,8 @@ def with_score_head(flow, head, null="zero", mean=0.0, std=1.0, seed=0):
         torch.manual_seed(seed)
         result = TangoFlux({**new, **flow.config, "score_head": head})
     result.load_state_dict(result.state_dict() | flow.state_dict())             # strict
-    return result.to(next(flow.parameters()).device).train(flow.training), before is None
+    like = next(flow.parameters())                                              # device and dtype
+    return result.to(like).train(flow.training), before is None
 
 
 # ----------------------------------------------------------------------------- model folders

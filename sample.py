@@ -322,13 +322,16 @@ def main(argv=None):
     rows = rows or [{"prompt": "a violin followed by rain", "duration": None}]
     if not all(row["prompt"].strip() for row in rows):
         warn("an empty prompt asks for any sound at all")
+    is_toy = config.max_duration == CLIP_SAMPLES / SAMPLE_RATE          # a model of the world
+    crowded = [row["prompt"] for row in rows if is_toy and sounds_named(row["prompt"]) > 3]
+    if crowded:
+        warn(f"the toy never heard more than three sounds, as {len(crowded)} prompts name: "
+             f"{crowded[0][:80]}")
     for row in rows:
         row["prompt"] = well_formed(args.prompt_prefix + row["prompt"])
         usual = default_duration(config.max_duration)
-        if config.max_duration == CLIP_SAMPLES / SAMPLE_RATE:       # a model of the world
+        if is_toy:
             usual = fitting_seconds(row["prompt"], usual)
-            if sounds_named(row["prompt"]) > 3:
-                warn(f"the toy knows three sounds at most, not as many as: {row['prompt'][:80]}")
         seconds = row["duration"] = row["duration"] or args.duration or usual
         if seconds > config.max_duration:
             raise UserError(f"a duration of {seconds} s: ask for at most {config.max_duration:g} s")

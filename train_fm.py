@@ -52,7 +52,7 @@ FLAGS = {"model": [
     flag("--scenes", None, "training scenes; none: those visited, at most 100,000", 1, kind=int),
     flag("--val_scenes", 512, "held-out scenes", 1),
     flag("--world_seed", 0, "seed of the training scenes", 0),
-    flag("--events", [], "its sounds, such as rain beep violin; none: all 28", kind=str, nargs="*"),
+    flag("--events", [], "their sounds, such as rain beep violin; none: all", kind=str, nargs="*"),
     flag("--relations", [0.14, 0.24, 0.34, 0.28], "weights of scenes with one sound, two at once, "
          "two in order, three in order", 1e-6, 1e6, nargs=4),
     flag("--counted", 0.35, "share of countable sounds whose number is named", 0, 1),
@@ -468,7 +468,8 @@ def main():
         draw_log(out, [("loss", "log", {"training": "loss", "held-out clips": "val_loss_ema"})])
         more = "; the same command goes on" if step < steps else ""
         print(f"wrote {out} after step {step} of {steps}{more}")
-        print(f'next: python sample.py --checkpoint {out} --prompt "rain followed by a violin"')
+        first, second, *_ = args.events or ["rain", "a violin"]
+        print(f'next: python sample.py --checkpoint {out} --prompt "{first} followed by {second}"')
 
 
 if __name__ == "__main__":

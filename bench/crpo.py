@@ -5,11 +5,12 @@
     python -m bench.crpo --official_steps 10              # at our own number of solver steps alone
 
 All make N clips of the same M prompts, score them by the same CLAP, pair best and worst, and take
-the same number of training steps. Ours is what crpo.py runs. The official way (its shell script and
-three Python files) samples one prompt at a time and writes each clip to a wav file; CLAP reads file
-after file, one clip and one text at a time; every training step reads its wav files again, encodes
-them by the VAE and their prompts by T5, in float32: at our number of solver steps, and at its own
-50. Both use the decoder of this repository. Wall-clock seconds; ratios are medians over rounds.
+the same number of training steps. Ours is what crpo.py runs, sampling in --dtype, but for one pair
+a prompt and all rounds of Griffin-Lim. The official way (its shell script and three Python files)
+samples one prompt at a time and writes each clip to a wav file; CLAP reads file after file, one
+clip and one text at a time; every training step reads its wav files again, encodes them by the VAE
+and their prompts by T5, in float32: at our number of solver steps, and at its own 50. Both use the
+decoder of this repository. Wall-clock seconds; ratios are medians over rounds.
 B pairs of a step, L latent frames, C latent channels.
 """
 import math

@@ -33,7 +33,7 @@ from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_
                         read_jsonl, run_main, write_jsonl, write_report)
 from lib.text import number, tables
 from lib.weights import load_tensors
-from model import load_model, load_policy
+from model import load_model
 from sample import Sampling, decode, sampler_of
 from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
@@ -307,7 +307,7 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     _, scenes = render_clips(World("val", pairs="all"), places)
     sampler = sampler_of(Namespace(**config))
     dtype, _ = choose_dtype(config["dtype"], device)
-    model = load_policy(clean, device, dtype=dtype)
+    model = load_model(clean, device, dtype)                        # in the precision of the runs
     heard = held_out_clips(model, scenes, config["noise"], sampler)
     levels = {"real scenes": summary(real, real),
               "true captions": summary(judges.judge(heard, scenes), real)}

@@ -238,7 +238,7 @@ class Lab:
                          "tuning_steps": given.tuning_steps, "polish_steps": given.polish_steps,
                          "batch_size": given.batch_size}
             return self.trained(name, seed, expert_iteration.run, settings) / "round_1"
-        # as the tracked tables were made: crpo.py's own defaults are those of a weak base
+        # as the tracked tables (in float32) were made: crpo.py's defaults are those of a weak base
         settings |= {"score_head": "v2", "iterations": 1, "eval_prompts": 2, "num_samples": 5,
                      "pairs_per_prompt": 1, "epochs": 24, "beta": 2000.0, "learning_rate": 1e-4,
                      "prompts": given.crpo_prompts, "vocoder_steps": 24, "kl_weight": 0.0}

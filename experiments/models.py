@@ -122,7 +122,7 @@ def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
 
 def silent(device, sampler, models, prompts, num_samples, duration, **_):
     """Prompts that count ("three beeps") at more seconds than they fill: is there any sound?"""
-    counted = [f"{word} {EVENTS[name].counted}" for word in NUMBERS.values() for name in COUNTABLE]
+    counted = [f"{word} {EVENTS[name].counted}" for name in COUNTABLE for word in NUMBERS.values()]
     asked = [Asked(prompt, duration) for prompt in counted[:prompts] for _ in range(num_samples)]
     rows = []
     for source in models:

@@ -261,6 +261,20 @@ def test_killed_in_two_stages_it_ends_with_the_same_bits(claps, whole, tmp_path)
         assert same_file(tmp_path / name, whole[0] / name), name
 
 
+def test_dtype_is_of_sampling_not_of_what_is_saved(claps, tmp_path, monkeypatch):
+    dtypes, real = [], crpo.load_policy
+
+    def spy(*rest, **more):
+        model = real(*rest, **more)
+        dtypes.append(next(model.flow.parameters()).dtype)
+        return model
+    monkeypatch.setattr(crpo, "load_policy", spy)
+    run(claps, tmp_path, iterations=1, epochs=1, generation_batch=0, dtype="bfloat16")
+    assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]            # samples, trains, is judged
+    saved = load_tensors(tmp_path / "iteration_1" / "tangoflux.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
 def test_offline_raw_and_static_sets(claps, tmp_path):
     how = dict(offline=True, ema=0.0, epochs=1, reduction="sum", beta=1.0, t_distribution="uniform", prompts=2)
     run(claps, tmp_path / "offline", iterations=1, **how)

@@ -269,9 +269,8 @@ def test_odd_prompts_warn(folder, tmp_path, capsys, monkeypatch):
     run(folder, *(word for prompt in odd for word in ("--prompt", prompt)), "--output", tmp_path)
     warnings = capsys.readouterr().err
     for shown in ("no words for: zebra, \u4e0b\u96e8, \U0001f600.", "violin", "--checkpoint declare-lab/TangoFlux",
-                  "1 of 5 prompts cut to 64 tokens", "any sound at all", "three sounds at most, not as many as: rain and"):
+                  "1 of 5 prompts cut to 64 tokens", "any sound at all", "never heard more than three sounds, as 1 prompts name: rain and"):
         assert shown in warnings
-    assert warnings.count("three sounds at most") == 1
     assert len(list(tmp_path.glob("*.wav"))) == 5
     own = shutil.copytree(folder, tmp_path / "own")                 # fine-tuned on captions with these words
     config = json.loads((own / "config.json").read_text())

@@ -1,4 +1,5 @@
 """The built-in world: determinism, splits, truth, near misses, workers, a new event."""
+import json
 import os
 import subprocess
 import sys
@@ -166,10 +167,14 @@ def test_a_small_world_sounds_of_its_events_alone():
     small = World("train", only=("rain", "beep", "violin"))
     events = [{event.name for event in small.scene(index).events} for index in range(60)]
     assert set.union(*events) == {"rain", "beep", "violin"} and max(map(len, events)) == 3
+    assert json.loads(json.dumps(small.settings())) == small.settings()         # a cache compares them
+    weak = World("train", only=("rain", "beep", "violin"), weak=1.0)
+    phrases = [phrase for name in EVENT_NAMES if name not in weak.only for phrase in EVENTS[name].names.split(", ")]
+    assert not any(phrase in weak.scene(index).prompt for phrase in phrases for index in range(40))
     assert "only" in small.settings() and "only" not in World().settings()      # older caches stay valid
     refused("the world has no rein; its events: rain, wind", World, only=("rein", "beep", "violin", "rain"))
     for names in (("rain", "beep"), ("rain", "rain", "beep"), ("beep", "clock", "drip")):
-        refused(f"no three of {', '.join(names)} may meet", World, only=names)
+        refused(f"no three of {', '.join(dict.fromkeys(names))} may meet", World, only=names)
 
 
 def test_weak_captions_are_false_in_one_thing():

@@ -130,7 +130,7 @@ def fitting_seconds(prompt, seconds):
 
 def sounds_named(prompt):
     """How many sounds a prompt names, told by the words that join them; scenes have at most 3."""
-    parts = re.split(f"{IN_ORDER}| and | with |,", prompt)
+    parts = re.split(f"{IN_ORDER}| and | with |,", prompt.lower())
     return sum(part.strip() != "" for part in parts)
 
 
@@ -214,11 +214,11 @@ class World:
     only: tuple = ()        # names of the events that may sound, of which three may meet; (): all
 
     def __post_init__(self):
-        self.names = list(self.only) or EVENT_NAMES
-        unknown = ", ".join(set(self.names) - set(EVENT_NAMES))
+        self.names = list(dict.fromkeys(self.only)) or EVENT_NAMES
+        unknown = ", ".join(name for name in self.names if name not in EVENT_NAMES)
         if unknown:
             raise UserError(f"the world has no {unknown}; its events: {', '.join(EVENT_NAMES)}")
-        if not any(map(self.allowed, combinations(set(self.names), 3))):
+        if not any(map(self.allowed, combinations(self.names, 3))):
             raise UserError(f"no three of {', '.join(self.names)} may meet in training "
                             "(sounds/unseen_pairs.json): name more events")
 
@@ -226,7 +226,8 @@ class World:
         """What decides the scenes, for cache keys, so that older caches stay valid: "weak" and
         "only" where they are given, "events" unless the first table."""
         table = derive_seed(*EVENT_NAMES)
-        settings = {"world": 1, **asdict(self), "relations": list(self.relations)}
+        settings = {"world": 1, **asdict(self), "relations": list(self.relations),
+                    "only": list(self.only)}
         for name in ("weak", "only"):
             if not settings[name]:
                 del settings[name]
@@ -283,7 +284,7 @@ class World:
             return scene.prompt
         while True:
             relation, events = almost(rng, scene.relation, scene.asked)
-            if self.allowed(dict(events)):
+            if self.allowed(dict(events)) and set(dict(events)) <= set(self.names):
                 return caption(rng, relation, events)
 
     def allowed(self, names):
