@@ -269,7 +269,7 @@ def test_dtype_is_of_sampling_not_of_what_is_saved(claps, tmp_path, monkeypatch)
         dtypes.append(next(model.flow.parameters()).dtype)
         return model
     monkeypatch.setattr(crpo, "load_policy", spy)
-    run(claps, tmp_path, iterations=1, epochs=1, generation_batch=0, dtype="bfloat16")
+    run(claps, tmp_path, iterations=1, epochs=1, dtype="bfloat16")
     assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16]            # samples, trains, is judged
     saved = load_tensors(tmp_path / "iteration_1" / "tangoflux.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
