@@ -96,10 +96,10 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--sde_noise", 0.7, "grpo: a, noise of the sampler's steps (Flow-GRPO: 0.7)", 1e-6),
     flag("--clip_range", 1e-3, "grpo: largest change of a ratio that is rewarded", 0, 1),
 ], "optimizer: AdamW (paper 3.1, A.5)": [
-    flag("--epochs", 2, "passes over the rows of an iteration (paper: 8)", 1),
+    flag("--epochs", 5, "passes over the rows of an iteration (paper: 8)", 1),
     flag("--batch_size", 48, "rows of a step: pairs, clips or, of dgpo, groups (paper: 48)", 1),
     flag("--micro_batch", 12, "rows at a time, their gradients summed: bounds memory", 1),
-    flag("--learning_rate", 8e-4, "peak learning rate (paper: 1e-5)", 0),
+    flag("--learning_rate", 3e-4, "peak learning rate (paper: 1e-5)", 0),
     flag("--warmup_steps", 10, "steps to the peak, at most a quarter of all (paper: 100)", 0),
     flag("--decay", True, "linear decay of the rate to 0 (official: the same)"),
     flag("--beta1", 0.9, "beta1 of AdamW (paper: 0.9)", 0, 0.99999),

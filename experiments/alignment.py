@@ -39,7 +39,7 @@ from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
 # settings of crpo.py by which each loss is run, at equal clips generated
-PAIRED = {"pairs_per_prompt": 3, "epochs": 2, "learning_rate": 8e-4}       # crpo.py's defaults
+PAIRED = {"pairs_per_prompt": 3, "epochs": 5, "learning_rate": 3e-4}       # crpo.py's defaults
 ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
 METHODS = {
     "crpo": {"loss": "crpo", **PAIRED},
