@@ -385,8 +385,7 @@ def run(command="crpo.run(...)", **settings):
 
         # the policy, and what pairs come from: prompts, or a static set
         policy = str(args.checkpoint)
-        dtype, reason = choose_dtype(args.dtype, device)
-        print(f"candidates: {str(dtype).removeprefix('torch.')} ({reason})")
+        dtype, _ = choose_dtype(args.dtype, device)         # of sampling; of training: autocast_for
         model = load_policy(policy, device, args.score_head, args.generation_batch, dtype)
         if model.codec.kind != "mel" and args.learning_rate > 1e-4:
             warn("the toy's rate at full size; paper: --learning_rate 1e-5 --epochs 8 --steps 50 "

@@ -328,7 +328,7 @@ def render_batch(world, sampling_rate, channels, samples, indices):
 def world_cache(folder, codec, split="train", scenes=100000, seed=0, samples=None, workers=2,
                 batch=64, **mix):
     """The latents of scenes 0..scenes-1 of a split, built where missing -> Cache.
-    samples: of a clip at the codec's rate. mix: World's pairs, degraded, relations, counted, weak, only."""
+    samples: of a clip at the codec's rate. mix: World's other settings."""
     samples = samples or round(CLIP_SAMPLES * codec.sampling_rate / SAMPLE_RATE)
     world = World(split, seed, **mix)
     settings = {"source": "world", **world.settings(), "scenes": scenes}

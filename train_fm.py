@@ -468,8 +468,8 @@ def main():
         draw_log(out, [("loss", "log", {"training": "loss", "held-out clips": "val_loss_ema"})])
         more = "; the same command goes on" if step < steps else ""
         print(f"wrote {out} after step {step} of {steps}{more}")
-        first, second, *_ = args.events or ["rain", "a violin"]
-        print(f'next: python sample.py --checkpoint {out} --prompt "{first} followed by {second}"')
+        prompt = " followed by ".join((args.events or ["rain", "a violin"])[:2])
+        print(f'next: python sample.py --checkpoint {out} --prompt "{prompt}"')
 
 
 if __name__ == "__main__":

@@ -147,14 +147,14 @@ def main(argv=None):
     settings.train_steps = math.ceil(args.epochs * args.prompts / settings.batch_size)
     device = torch.device("cpu")
     dtype, _ = choose_dtype(settings.dtype, device)
-    quick = load_policy(args.checkpoint, device, None, settings.generation_batch, dtype)
+    sampling_policy = load_policy(args.checkpoint, device, None, settings.generation_batch, dtype)
     model, clap = load_model(args.checkpoint), load_clap(REWARD)
     config = model.flow.config
     loss = with_defaults(pick(crpo.Loss, settings), config["audio_seq_len"], config["in_channels"])
     settings.beta, settings.kl_weight = loss.beta, loss.kl_weight
     longest = config["max_duration"]
     pool = crpo.prompt_pool(None, settings.pool, args.prompts, longest)
-    ways = {f"ours, {settings.steps} steps": (ours, quick, settings.steps)}
+    ways = {f"ours, {settings.steps} steps": (ours, sampling_policy, settings.steps)}
     for steps in (settings.steps, args.official_steps):
         ways[f"official way, {steps} steps"] = (official_way, model, steps)
 

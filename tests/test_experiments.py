@@ -146,7 +146,7 @@ def test_guidance_shows_a_front(place, monkeypatch):  # noqa: F811
 
 
 def test_silent_clips_are_counted(place, monkeypatch):  # noqa: F811
-    clips = torch.tensor([[0.05, 0.2], [0.3, -0.05], [-0.3, 0], [0, 0], [0, 0.05], [0.01, 0]])     # two of each of three prompts
+    clips = torch.tensor([[0.05, 0.2], [0.3, -0.05], [-0.3, 0], [0, 0], [0, 0.05], [0.01, 0]])     # 0, 1, 2 of a prompt
     monkeypatch.setattr(models, "sampled", lambda model, asked, sampler: (clips, None))
     flags = "--prompts 3 --num_samples 2 --device cpu --out out --cache cache".split()
     text, numbers = run_alignment(place, monkeypatch, "silent", *flags, "--models", str(place / "a"))
