@@ -13,6 +13,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -59,6 +60,7 @@ def reading(path, remedy="download or write it again"):
 def run_main(main):
     """Call a script's `main()`. What the user can mend ends in one line and exit code 2 (--debug:
     a traceback), a reader of stdout that went away in 1, Ctrl-C in 130."""
+    logging.raiseExceptions = False     # a library's broken log message prints no traceback
     with contextlib.suppress(AttributeError):               # there may be no stdout
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -401,8 +403,7 @@ def append_jsonl(path, row):
 
 
 def write_jsonl(path, rows):
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(path, "".join(lines))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path):
@@ -469,8 +470,7 @@ def markdown(heads, rows):
 
 def write_report(out, name, title, command, paragraphs, numbers):
     """Print a report and write out/NAME.md and .json. paragraphs: texts and tables, in order."""
-    text = "\n\n".join([f"# {title}", f"    {command}", *paragraphs]) + "\n"
-    text = relative_to_here(text)
+    text = relative_to_here("\n\n".join([f"# {title}", f"    {command}", *paragraphs]) + "\n")
     path = Path(out) / f"{name}.md"
     write_text(path, text)
     write_json(path.with_suffix(".json"), relative_to_here(numbers))

@@ -1,6 +1,7 @@
 """lib/common.py and lib/weights.py: errors, flags, files, settings, rates, Muon, the state of a run."""
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -85,6 +86,15 @@ def test_run_main_ends_in_one_line(capsys, monkeypatch):
     for error in (UserError("x"), MemoryError(), FileNotFoundError(2, "No such file", "x")):
         with pytest.raises(type(error)):
             run_main(lambda: fail(error))
+
+
+def test_a_librarys_broken_log_message_prints_no_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    logger = logging.getLogger("loud")
+    logger.propagate = False                                        # pytest's own handler would raise
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    run_main(lambda: logger.warning("%d", "no number"))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("output, code, said", [("| head -n 1", 1, ""), ("> /dev/full", 2, "error: [Errno 28]"),
