@@ -69,7 +69,7 @@ def warm_up(commands):
     """Import here what the children would import one by one. No backward pass: it forbids to fork."""
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
-    scenes.in_order = lambda function, jobs, workers: map(function, jobs)       # no processes below the children
+    scenes.DataLoader = lambda jobs, *_, collate_fn, **more: map(collate_fn, jobs)     # no processes below the children
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     with contextlib.suppress(ImportError):
         importlib.import_module("matplotlib.backends.backend_agg")

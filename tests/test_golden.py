@@ -142,7 +142,7 @@ def end_of(name, monkeypatch):
         words += ["--beta", "2000", "--kl_weight", "0"]         # as it was then
     out, found = Path(words[words.index("--out") + 1]), {}
     monkeypatch.setattr("sys.argv", [script, *words])
-    monkeypatch.setattr(scenes, "in_order", lambda function, jobs, workers: map(function, jobs))
+    monkeypatch.setattr(scenes, "DataLoader", lambda jobs, *_, collate_fn, **more: map(collate_fn, jobs))
     logs = {path: path.read_text() for path in out.rglob("log.jsonl")}
     module.main()
     assert all(path.read_text().startswith(rows) for path, rows in logs.items()), "it was begun anew"

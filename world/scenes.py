@@ -305,19 +305,15 @@ def render_clips(world, indices):
     return torch.from_numpy(np.stack(audios)), list(scenes)
 
 
-def in_order(function, jobs, workers):
-    """function(job) of each job in order, from processes that are at most two jobs ahead each."""
+def in_workers(function, jobs, workers, desc=None, unit="it"):
+    """function(job) of `jobs` in order, by `workers` processes (0: this one), each at most two jobs
+    ahead; desc: of a bar."""
+    jobs = list(jobs)
+    context = "spawn" if workers else None                  # a fork of torch's threads can hang
     results = DataLoader(jobs, None, num_workers=workers, collate_fn=function,
-                         multiprocessing_context="spawn",   # a fork of torch's threads can hang
+                         multiprocessing_context=context,
                          generator=torch.Generator())       # leaves the global one alone
     try:
-        yield from results
+        yield from tqdm(results, desc, unit=unit, disable=desc is None)
     except UserError as error:                              # without the worker's traceback
         raise UserError(str(error).split("UserError: ")[-1]) from None
-
-
-def in_workers(function, jobs, workers, desc=None, unit="it"):
-    """function(job) of `jobs` in order, by `workers` processes (0: this one); desc: of a bar."""
-    jobs = list(jobs)
-    results = in_order(function, jobs, workers) if workers else map(function, jobs)
-    return iter(tqdm(results, desc, len(jobs), unit=unit, disable=desc is None))
