@@ -274,10 +274,9 @@ class Goldens:
                 "ranknet": ranker.ranknet_loss(*noise(2, 5), torch.tensor([1.0, 0, 0.5, 1, 0]))[None]}
 
     def votes():
-        world, log_mel = scenes.World("train", seed=5000), mel.LogMel(**mel.MEL_16K)
-        takes = [poll.takes_of(world, index, 2, 0.5, log_mel) for index in range(3)]
-        clips = [{**row, "audio": f"{row['scene']}_{row['take']}.wav"} for _, rows in takes for row in rows]
-        cast, audio = poll.cast_votes(clips, 24, seed=0), np.concatenate([audio for audio, _ in takes], dtype=float)
+        audio, rows = poll.render_block({"split": "train", "seed": 5000}, 2, 0.5, range(3))
+        clips = [{**row, "audio": f"{row['scene']}_{row['take']}.wav"} for row in rows]
+        cast, audio = poll.cast_votes(clips, 24, seed=0), audio.astype(float)
         return {"chance": [vote.pop("chance") for vote in cast], "quality": [row.pop("quality") for row in clips],
                 "votes": cast, "rows": clips, "sums": np.stack([audio.sum(1), abs(audio).sum(1)], 1)}
 

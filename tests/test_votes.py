@@ -25,9 +25,9 @@ def test_quality_is_one_when_whole_and_falls_with_the_level():
 
 
 def test_takes_depend_on_their_place_alone_and_a_hum_leaves_the_quality():
-    world = World("train", seed=5000)
+    world = {"split": "train", "seed": 5000}
     (audio, rows), (again, _), (hummed, others) = (
-        votes.takes_of(world, 4, *more, LOG_MEL) for more in ((3, 0.0), (2, 0.0), (3, 1.0)))
+        votes.render_block(world, *more, [4]) for more in ((3, 0.0), (2, 0.0), (3, 1.0)))
     assert np.array_equal(audio[:2], again) and not np.array_equal(audio[0], audio[1])
     assert [row["quality"] for row in others] == [row["quality"] for row in rows]
     assert all(row["hum"] == 1 for row in others) and not np.allclose(hummed, audio)

@@ -59,42 +59,35 @@ def with_hum(audio, level, rng):
     return (audio * min(1.0, 0.98 / np.abs(audio).max())).astype(np.float32)
 
 
-def takes_of(world, index, takes, hum, log_mel):
-    """Takes of a scene, a share `hum` hums -> audio (takes, samples), rows of clips.jsonl."""
-    clean, scene = world.render(index)
-    audios, rows = [], []
-    for take in range(takes):
-        rng = np.random.default_rng(derive_seed("take", world.split, world.seed, index, take))
-        audio, kind, level = clean, None, 0.0
-        if rng.random() >= 0.1:
-            kind = str(rng.choice(DEGRADATIONS))
-            level = float(rng.random())
-            audio = degrade(audio, kind, level, rng)
-        pair = torch.from_numpy(np.stack([clean, audio]))
-        quality = true_quality(pair[:1], pair[1:], log_mel).item()
-        hums = rng.random() < hum
-        if hums:
-            audio = with_hum(audio, rng.uniform(0.3, 1.0), rng)
-        audios.append(audio)
-        rows.append({"caption": scene.prompt, "duration": scene.duration, "quality": quality,
-                     "hum": float(hums), "degradation": kind, "level": round(level, 4),
-                     "scene": index, "take": take})
-    return np.stack(audios), rows
-
-
 def render_block(settings, takes, hum, indices):
-    """Takes of the scenes `indices` -> audio (B, 65536), rows."""
+    """Takes of the scenes `indices` of World(**settings), of which a share `hum` hums -> audio
+    (B, 65536), rows of clips.jsonl."""
     world, log_mel = World(**settings), LogMel(**MEL_16K)
     audios, rows = [], []
     for index in indices:
-        audio, described = takes_of(world, index, takes, hum, log_mel)
-        audios.append(audio)
-        rows += described
-    return np.concatenate(audios), rows
+        clean, scene = world.render(index)
+        for take in range(takes):
+            seed = derive_seed("take", world.split, world.seed, index, take)
+            rng = np.random.default_rng(seed)
+            audio, kind, level = clean, None, 0.0
+            if rng.random() >= 0.1:
+                kind = str(rng.choice(DEGRADATIONS))
+                level = float(rng.random())
+                audio = degrade(audio, kind, level, rng)
+            pair = torch.from_numpy(np.stack([clean, audio]))
+            quality = true_quality(pair[:1], pair[1:], log_mel).item()
+            hums = rng.random() < hum
+            if hums:
+                audio = with_hum(audio, rng.uniform(0.3, 1.0), rng)
+            audios.append(audio)
+            rows.append({"caption": scene.prompt, "duration": scene.duration, "quality": quality,
+                         "hum": float(hums), "degradation": kind, "level": round(level, 4),
+                         "scene": index, "take": take})
+    return np.stack(audios), rows
 
 
 def render_takes(settings, scenes, takes, hum, workers):
-    """Audio (B, 65536) and rows of block after block of the range `scenes` of World(**settings)."""
+    """What render_block gives, of block after block of the range `scenes`."""
     blocks = [scenes[start:start + BLOCK] for start in range(0, len(scenes), BLOCK)]
     render = partial(render_block, settings, takes, hum)
     return in_workers(render, blocks, workers, "clips", f" x {BLOCK} scenes")
@@ -124,7 +117,6 @@ class Source(NamedTuple):
     one_prompt: bool    # compares takes of one prompt, or of any two
 
     def utility(self, row):
-        """What a clip is worth to this source."""
         minded = row["level"] if row["degradation"] == self.minds else 0.0
         return row["quality"] - self.cost * minded
 
@@ -158,7 +150,9 @@ def cast_votes(clips, count, seed):
         gain = source.utility(a) - source.utility(b)
         for_a, for_b = source.prefers(gain), source.prefers(-gain)
         draw = rng.random()
-        preference = 1.0 if draw < for_a else 0.0 if draw < for_a + for_b else 0.5
+        preference = 0.5
+        if draw < for_a + for_b:
+            preference = 1.0 if draw < for_a else 0.0
         vote = {"prompt": a["caption"], "a": a["audio"], "b": b["audio"], "source": name,
                 "preference": preference, "chance": for_a / (for_a + for_b)}
         if a["caption"] != b["caption"]:
