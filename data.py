@@ -460,14 +460,6 @@ def gather(data, chosen):
     return mean, std, data.ids[chosen, :longest], hidden, mask, data.durations[chosen]
 
 
-def default_folder(data, name="train"):
-    """Where a cache lies by default: by the manifest's folder and name, or the world's split."""
-    if not data:
-        return Path("cache") / f"world_{name}"
-    path = Path(data).resolve()
-    return Path("cache") / f"{path.parent.name}_{path.stem}"
-
-
 def main():
     args = parse_flags(__doc__, FLAGS)
     out = Path(args.out)

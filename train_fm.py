@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (DATA_FLAGS, default_folder, gather, manifest_cache, prepare, read_rows,
-                  split_rows, with_experts, world_cache)
+from data import (DATA_FLAGS, gather, manifest_cache, prepare, read_rows, split_rows, with_experts,
+                  world_cache)
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, derive_seed,
                         flag, generator, parse_flags, read_json, reading, relative_to_here,
                         run_main, stop_on_signal)
@@ -249,17 +249,17 @@ def world_data(args, codec, encoder, samples):
     """(training Data, held-out Data) of the built-in world; a clip has `samples` samples."""
     only = tuple(args.events)
     names = "_".join(["", *only]).replace(" ", "-")
-    folder = Path(args.cache or default_folder(None, f"train{names}"))
+    folder = Path(args.cache or f"cache/world_train{names}")
     scenes = args.scenes or SCENES
     visited = args.train_steps * args.batch_size * args.processes
     whole = args.scenes or args.cache or args.epochs or (folder / "text.json").is_file()
     if visited < SCENES and not whole:          # a short run renders the scenes that it visits
         scenes = math.ceil(visited / 256) * 256
-        folder = default_folder(None, f"train{names}_{scenes}")
+        folder = f"cache/world_train{names}_{scenes}"
     cache = world_cache(folder, codec, "train", scenes, args.world_seed, samples, args.workers,
                         relations=tuple(args.relations), counted=args.counted, weak=args.weak,
                         only=only)
-    folder = f"{args.cache}_val" if args.cache else default_folder(None, f"val{names}")
+    folder = f"{args.cache}_val" if args.cache else f"cache/world_val{names}"
     held = world_cache(folder, codec, "val", args.val_scenes, 0, samples, args.workers, only=only)
     text = encoder, args.max_text_length, not args.train_text
     return prepare(cache, cache.kept, *text), prepare(held, held.kept, *text)
@@ -267,7 +267,8 @@ def world_data(args, codec, encoder, samples):
 
 def manifest_data(args, codec, encoder, samples):
     """(training Data, held-out Data) of a manifest, and of clips that expert_iteration.py kept."""
-    folder = args.cache or default_folder(args.data)
+    path = Path(args.data).resolve()
+    folder = args.cache or f"cache/{path.parent.name}_{path.stem}"
     rows = read_rows(args)
     cache = manifest_cache(folder, codec, args.data, rows, samples, args.crop, args.workers)
     readable = [{**cache.rows[i], "number": int(i)} for i in cache.kept]
