@@ -415,7 +415,7 @@ class Goldens:
                 "bootstrap": intervals(rows[:, None]), "grouped": intervals(rows.reshape(10, 3, 9))}
 
     def clap_run():
-        training = train_clap.Training(0, 3000, 8, 4, 0.0, 16, 16, 3, 8, 2e-3, 0.0, 10.0, 0.1, 0.5, "float32")
+        training = train_clap.Training(0, 8, 4, 0.0, 16, 16, 3, 8, 2e-3, 0.0, 10.0, 0.1, 0.5, "float32")
         train_clap.train(training, Path("clap"), 64, 0, torch.device("cpu"))
         learned = {key: t for key, t in load_file("clap/model.safetensors").items() if t.is_floating_point()}
         keys = "loss contrast reading hearing ranked scale val_captions val_clips val_recall".split()

@@ -27,7 +27,7 @@ def test_contrastive_loss_closed_forms():
 def run(out, steps, **changes):
     """Training as small as it comes, on 16 scenes in 4 families; 64 held-out ones."""
     training = train_clap.Training(
-        seed=0, scene_seed=3000, scenes=16, family=4, degraded=0.0, width=16, text_width=16, train_steps=steps,
+        seed=0, scenes=16, family=4, degraded=0.0, width=16, text_width=16, train_steps=steps,
         batch_size=16, learning_rate=2e-3, weight_decay=0.0, muon=10.0, reading_weight=0.1, hearing_weight=0.5,
         dtype="float32")
     train_clap.train(training._replace(**changes), out, 64, 0, torch.device("cpu"))

@@ -43,10 +43,9 @@ FLAGS = {"where": [
     WORKERS, DTYPE, DEVICE], "scenes": [
     flag("--scenes", 40000, "training scenes, kept as log-mels", 1, 1e7),
     flag("--val_scenes", 1024, "held-out scenes", 64, 1e6),
-    flag("--scene_seed", 3000, "scenes are World(seed=scene_seed + seed)", 0, 1e18),
     flag("--degraded", 0.25, "share of degraded scenes", 0, 1),
     flag("--family", 4, "scenes of a family; 1: all different", 1, 64)], "training": [
-    flag("--seed", 0, "seed of weights, batches and captions", 0, 1e18),
+    flag("--seed", 0, "seed of weights, batches, captions and World(seed=3000 + seed)", 0, 1e18),
     flag("--width", 112, "width of the audio tower's first stage, a multiple of 8", 8, 1024),
     flag("--text_width", 128, "width of the text tower, a multiple of 4", 4, 4096),
     flag("--train_steps", 6000, "optimizer steps", 1, 1e7, alias="--steps"),
@@ -56,9 +55,9 @@ FLAGS = {"where": [
     flag("--weight_decay", 0.05, "weight decay of AdamW, times --muon of Muon", 0, 1),
     flag("--reading_weight", 0.5, "weight of places and counts told", 0, 1000),
     flag("--hearing_weight", 0.5, "weight of what sounds when", 0, 1000)]}
-Training = namedtuple("Training", "seed scene_seed scenes family degraded width text_width "
-                      "train_steps batch_size learning_rate weight_decay muon reading_weight "
-                      "hearing_weight dtype")
+Training = namedtuple("Training", "seed scenes family degraded width text_width train_steps "
+                      "batch_size learning_rate weight_decay muon reading_weight hearing_weight "
+                      "dtype")
 # 128 mels x 126 frames of 32 ms, an image of 128 x 128. The original folds time into four rows:
 # "below" is then both a lower sound and a later one, and order was hardly learned. Silence after a
 # short clip, not repetition: three beeps stay three.
@@ -271,7 +270,7 @@ def train(training, out, val_scenes, workers, device):
                                    training.weight_decay, training.muon, in_a_layer)
 
         # scenes
-        world = {**HARDER, "seed": training.scene_seed + training.seed}
+        world = {**HARDER, "seed": 3000 + training.seed}
         world["degraded"] = training.degraded
         scenes = partial(render_scenes, size=training.family, workers=workers)
         clips = scenes({**world, "split": "train"}, training.scenes)
