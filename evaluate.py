@@ -65,7 +65,6 @@ CLAP_RATE = 48000                       # Hz at which clips outside of the world
 MEASURES = {"reward": "reward", "judge": "judge", "f1": "event F1", "order": "order",
             "count": "count", "exact": "exact", "frechet": "Frechet", "kl": "KL",
             "silent": "silent"}
-HEADS = list(MEASURES.values())
 Asked = namedtuple("Asked", "prompt duration")      # as a Scene, which has these two names too
 Sampler = namedtuple("Sampler", "sampling seed batch_size cache")       # cache: of latents
 
@@ -160,7 +159,7 @@ def measure(name, sets, real, rows):
 
 
 def summary(found, real):
-    """{measure: number} of a judged set, in the order of HEADS; `real`: the judged real clips."""
+    """{measure: number} of a judged set, in the order of MEASURES; real: the judged real clips."""
     names = MEASURES if "tally" in found else ["reward", "judge", "frechet", "silent"]
     return {name: float(measure(name, [found], real, slice(None))) for name in names}
 
@@ -189,10 +188,15 @@ def gains(aligned, base, real, draws=1000, seed=0):
 
 # ----------------------------------------------------------------------------- tables and pages
 
-def cells(values):
-    """A summary as cells of HEADS."""
+def summary_table(summaries):
+    """The table of {clips: summary}."""
     digits = {"reward": 4, "judge": 4}
-    return [number(value, digits.get(name, 3)) for name, value in values.items()]
+    rows = []
+    for clips, values in summaries.items():
+        cells = [number(value, digits.get(name, 3)) for name, value in values.items()]
+        rows.append([clips, *cells])
+    heads = [MEASURES[name] for name in values]
+    return tables(["clips", *heads], rows)
 
 
 def change_table(changes):
@@ -208,17 +212,15 @@ def change_table(changes):
 def compare(found, against, draws=1000, seed=0, pooled=()):
     """(tables, numbers) of judged sets {name: arrays}, "real" first; pooled: training seeds."""
     real = found["real"]
-    numbers = {name: summary(each, real) for name, each in found.items()}
-    heads = ["clips", *[MEASURES[name] for name in numbers["real"]]]
-    table = tables(heads, [[name, *cells(values)] for name, values in numbers.items()])
+    summaries = {name: summary(each, real) for name, each in found.items()}
     groups = {name: [found[name]] for name in found if name not in ("real", against)}
     if len(pooled) > 1:
         groups[f"all {len(pooled)} pooled"] = [found[name] for name in pooled]
     base = found[against]
     changes = {name: gains(group, [base], real, draws, seed) for name, group in groups.items()}
-    numbers |= {f"{name} against {against}": change for name, change in changes.items()}
+    named = {f"{name} against {against}": change for name, change in changes.items()}
     note = f"Differences to {against}, over prompts ({FEWEST} or more for an interval):"
-    return [table, note, change_table(changes)], numbers
+    return [summary_table(summaries), note, change_table(changes)], {**summaries, **named}
 
 
 def change_of(name, before, now):
@@ -345,7 +347,7 @@ def main(argv=None):
     paragraphs, numbers = compare(found, against, args.draws, args.seed, pooled)
     budget = (f"{len(asked)} prompts of {args.data or 'the world'}, the same noise for all models; "
               f"{args.steps} {args.solver} steps, guidance {args.guidance_scale:g}.")
-    command = f"python evaluate.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    command = f"python evaluate.py {shlex.join(argv or sys.argv[1:])}"
     write_report(out, name, "Clips side by side", command, [budget, *paragraphs],
                  {"settings": vars(args), **numbers})
     for page, blind in (("listen.html", False), ("blind.html", True)):

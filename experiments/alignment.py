@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 
 import crpo
-from evaluate import (FLAGS, HEADS, MEASURES, Judges, Sampler, as_clips, bootstrap, cells,
-                      change_table, fooled, gains, held_out_clips, read_judged, summary)
+from evaluate import (FLAGS, MEASURES, Judges, Sampler, as_clips, bootstrap, change_table, fooled,
+                      gains, held_out_clips, read_judged, summary, summary_table)
 from experiments.models import (best_of, best_of_table, candidates_of, guidance, recovered,
                                 short_name, silent, truth)
 from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_device,
                         choose_dtype, flag, markdown, parse_commands, picture, read_json,
                         read_jsonl, run_main, write_jsonl, write_report)
-from lib.text import number, tables
+from lib.text import number
 from lib.weights import load_tensors
 from model import load_model
 from sample import Sampling, decode, sampler_of
@@ -63,22 +63,22 @@ LOOP = [flag("--prompts", 320, "M, prompts of an iteration", 2),
         flag("--guidance_scale", 3.0, "classifier-free guidance", 0),
         flag("--runs", "runs/alignment", "folder of the runs")]
 COMMANDS = {
-    "best_of": ("best of N by the reward", {
+    "best_of": ("Best of N by the reward", {
         "what": [flag("--checkpoint", str(BASE), "model folder or hub id"),
                  flag("--counts", [1, 5, 10, 15], "the N (paper: the same)", 1, 1000, nargs="+")],
         **{name: FLAGS[name] for name in ("prompts", "sampler", "who judges", "run")}}),
-    "room": ("what a base leaves to gain, by reward and by beta", {
+    "room": ("What a base leaves to gain, by reward and by beta", {
         "what": [flag("--bases", [str(CLEAN), str(BASE)], "model folders", nargs="+"),
                  flag("--rewards", list(REWARDS), "what ranks", nargs="+", choices=list(REWARDS)),
                  flag("--betas", [20.0, 149.0, 2000.0], "of crpo", 0, nargs="+")],
         "loop": LOOP, **COMMON}),
-    "methods": ("every loss from the same base", {
+    "methods": ("Every loss from the same base", {
         "what": [flag("--base", str(BASE), "model folder"),
                  flag("--losses", list(METHODS), "which", nargs="+", choices=list(METHODS)),
                  flag("--iterations", 2, "of each", 1),
                  flag("--seeds", [0, 1, 2], "of training", 0, nargs="+")],
         "loop": LOOP, **COMMON}),
-    "recovered": ("how much of what weak captions cost alignment wins back", {
+    "recovered": ("How much of what weak captions cost alignment wins back", {
         "what": [flag("--base", str(BASE), "model folder of the base"),
                  flag("--clean", str(CLEAN), "of the model that learned from true captions alone"),
                  flag("--aligned", [ALIGNED], "of the aligned models, one a seed", nargs="+"),
@@ -87,18 +87,18 @@ COMMANDS = {
                       0, nargs=2),
                  flag("--prompts", 1024, "held-out prompts of unseen pairs", 8),
                  flag("--steps", 10, "solver steps", 1)], **COMMON}),
-    "progress": ("what runs of crpo.py gain over the clips generated", {
+    "progress": ("What runs of crpo.py gain over the clips generated", {
         "what": [flag("--runs", ["runs/crpo"], "finished runs, one a seed", nargs="+"),
                  flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
                  flag("--clean", str(CLEAN), "the model that learned from true captions alone")],
         **COMMON}),
-    "silent": ("silent clips where a prompt counts", {
+    "silent": ("Silent clips where a prompt counts", {
         "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
                  flag("--prompts", 20, "counted prompts, at most 30", 1, 30),
                  flag("--num_samples", 16, "clips of each", 1),
                  flag("--duration", 4.0, "seconds", 0.1, 4.0),
                  flag("--steps", 10, "solver steps", 1)], **COMMON}),
-    "guidance": ("base and aligned over the guidance scale", {
+    "guidance": ("Base and aligned over the guidance scale", {
         "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
                  flag("--scales", [1.0, 1.5, 2.0, 3.0, 4.5, 6.0], "guidance", 0, nargs="+"),
                  flag("--prompts", 512, "held-out prompts", 8),
@@ -184,7 +184,7 @@ def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, dra
     count = loop["num_samples"]
     rooms = {}
     changes = {}
-    rows = []
+    summaries = {}
     for base in bases:
         name = short_name(base)
         model = load_model(base, device)
@@ -193,60 +193,53 @@ def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, dra
         for reward in sorted({*rewards, "clap"}, key=REWARDS.index):    # that one samples
             for beta in betas:
                 folder = Path(runs) / f"{name}_{reward}_{beta:g}"
+                scores = None
                 if reward == "truth":
-                    share_candidates(first, folder, true_rewards(first, base, tagger, device))
-                elif folder != first:
-                    share_candidates(first, folder)
+                    scores = true_rewards(first, base, tagger, device)
+                share_candidates(first, folder, scores)
                 crpo.run(f"room: {folder.name}", out=str(folder), checkpoint=base, iterations=1,
                          seed=seed, beta=beta, shuffle=reward == "shuffled", **loop, **PAIRED)
-                sets = judged_sets(folder, 1)
-                real = sets.pop("real")
+                real, before, after = judged_sets(folder, 1).values()
                 if folder == first:
-                    rows.append([f"{name}: real", *cells(summary(real, real))])
-                    rows.append([f"{name}: base", *cells(summary(sets["base"], real))])
+                    summaries[f"{name}: real"] = summary(real, real)
+                    summaries[f"{name}: base"] = summary(before, real)
                 label = f"{name}, {reward}, beta {beta:g}"
-                aligned = sets["iteration 1"]
-                rows.append([label, *cells(summary(aligned, real))])
-                changes[label] = gains([aligned], [sets["base"]], real, draws, seed)
+                summaries[label] = summary(after, real)
+                changes[label] = gains([after], [before], real, draws, seed)
     table, numbers = room_table(rooms, draws)
-    paragraphs = [table, tables(["clips", *HEADS], rows), change_table(changes)]
+    paragraphs = [table, summary_table(summaries), change_table(changes)]
     return paragraphs, {"room": numbers, "changes": changes}
 
 
 def methods(loop, base, losses, iterations, seeds, runs, draws, out, **_):
     """Every loss, `iterations` times from the same base, over seeds: means, bands, intervals."""
-    finished = {name: [] for name in losses}            # {loss: [(folder, judged sets) of a seed]}
+    finished = {name: [] for name in losses}            # {loss: [the folder of each seed]}
     for seed in seeds:
         first = None                                    # whose first candidates the others take
         for name in losses:
             folder = Path(runs) / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-            has_paths = METHODS[name]["loss"] == "grpo"
-            if first and not has_paths:
+            if METHODS[name]["loss"] != "grpo":         # which samples paths of its own
+                first = first or folder
                 share_candidates(first, folder)
             crpo.run(f"methods: {folder.name}", out=str(folder), checkpoint=base, seed=seed,
                      iterations=iterations, **loop, **METHODS[name])
-            if not has_paths:
-                first = first or folder
-            finished[name].append((folder, judged_sets(folder, iterations)))
+            finished[name].append(folder)
 
     # all seeds' last iterations against the base, what training cost, where hacking begins
     last = f"iteration {iterations}"
     changes = {}
     rows = []
     curves = {}
-    for name, runs_of in finished.items():
-        _, sets = runs_of[0]
-        aligned = [judged[last] for _, judged in runs_of]
-        changes[name] = gains(aligned, [sets["base"]], sets["real"], draws)
-        costs = np.array([training_cost(folder, iterations) for folder, _ in runs_of])
-        minutes, drift, ratio = costs.mean(0)
-        rows.append([name, number(minutes, 1), number(drift, 4), number(ratio, 3), hacks(runs_of)])
-        curves[name] = []
-        for key in list(sets)[1:]:                      # base, iteration 1, ...
-            curves[name].append([summary(judged[key], sets["real"]) for _, judged in runs_of])
-    real = summary(sets["real"], sets["real"])
+    for name, folders in finished.items():
+        sets = [judged_sets(folder, iterations) for folder in folders]
+        real, base, *_ = sets[0].values()
+        changes[name] = gains([each[last] for each in sets], [base], real, draws)
+        costs = [training_cost(folder, iterations) for folder in folders]
+        minutes, drift, ratio = np.mean(costs, axis=0)
+        rows.append([name, number(minutes, 1), number(drift, 4), number(ratio, 3), hacks(sets)])
+        curves[name] = curve_of(sets, real)
     clips = np.arange(iterations + 1) * loop["prompts"] * loop["num_samples"]
-    draw_curves(Path(out) / "methods.png", curves, clips, {"real scenes": real})
+    draw_curves(Path(out) / "methods.png", curves, clips, {"real scenes": summary(real, real)})
     heads = ["loss", "minutes of training", "drift", "winners' error, ratio", "hacks from"]
     return [markdown(heads, rows), change_table(changes)], {"changes": changes, "curves": curves}
 
@@ -262,13 +255,20 @@ def training_cost(folder, iterations):
     return minutes, report.get("drift", np.nan), ratio
 
 
-def hacks(runs):
+def hacks(sets):
     """The first iteration in which the reward rose and the judge fell, of any seed; "-": none."""
-    _, sets = runs[0]
-    for before, now in pairwise(list(sets)[1:]):
-        if any(fooled(judged[before], judged[now]) for _, judged in runs):
+    for before, now in pairwise(list(sets[0])[1:]):
+        if any(fooled(each[before], each[now]) for each in sets):
             return now
     return "-"
+
+
+def curve_of(sets, real):
+    """Summaries (K, S) of the judged sets of S runs: the base, iteration 1, ..."""
+    curve = []
+    for name in list(sets[0])[1:]:
+        curve.append([summary(each[name], real) for each in sets])
+    return curve
 
 
 def draw_curves(path, curves, clips, levels, names=("judge", "exact")):
@@ -314,20 +314,21 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
 
     curves = {}
     changes = {}
-    rows = [[name, *cells(level)] for name, level in levels.items()]
-    for kind, folders in {"aligned": runs, "shuffled rewards": control}.items():
+    summaries = {**levels}
+    kinds = {"aligned": runs}
+    if control:
+        kinds["shuffled rewards"] = control
+    for kind, folders in kinds.items():
         sets = [judged_sets(Path(folder), iterations) for folder in folders]
-        names = list(sets[0])[1:] if sets else []                       # base, iteration 1, ...
-        for k, name in enumerate(names):
+        base = [each["base"] for each in sets]
+        curves[kind] = curve_of(sets, real)
+        for k, points in enumerate(curves[kind]):
             label = f"{kind}, {clips[k]:,} clips"
-            seeds = [each[name] for each in sets]
-            points = [summary(judged, real) for judged in seeds]
-            curves.setdefault(kind, []).append(points)
             for run, point in enumerate(points):
-                rows.append([f"{label}, run {run}", *cells(point)])
+                summaries[f"{label}, run {run}"] = point
             if k:
-                base = [each["base"] for each in sets]
-                changes[label] = gains(seeds, base, real, draws, seed)
+                aligned = [each[f"iteration {k}"] for each in sets]
+                changes[label] = gains(aligned, base, real, draws, seed)
     slopes = {}
     for name in ("judge", "exact"):
         means = []
@@ -337,7 +338,7 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     draw_curves(Path(out) / "progress.png", curves, clips, levels, ("reward", "judge", "exact"))
     note = (f"Slope per 1,000 clips: judge {slopes['judge']:+.4f}, exact {slopes['exact']:+.4f}. "
             "Differences to the base, over prompts:")
-    paragraphs = [tables(["clips", *HEADS], rows), note, change_table(changes)]
+    paragraphs = [summary_table(summaries), note, change_table(changes)]
     return paragraphs, {"curves": curves, "levels": levels, "slopes": slopes, "changes": changes}
 
 
@@ -359,10 +360,9 @@ def main(argv=None):
     paragraphs, numbers = TABLES[args.command](judges=judges, sampler=sampler,
                                                loop={**loop, "save_clips": 256},
                                                **{**flags, "device": device})
-    command = shlex.join(sys.argv[1:] if argv is None else argv)
-    title = COMMANDS[args.command][0]
-    write_report(args.out, args.command, title[0].upper() + title[1:],
-                 f"python -m experiments.alignment {command}", paragraphs,
+    command = f"python -m experiments.alignment {shlex.join(argv or sys.argv[1:])}"
+    title, _ = COMMANDS[args.command]
+    write_report(args.out, args.command, title, command, paragraphs,
                  {"settings": vars(args), **numbers})
     print("next: python evaluate.py compares an aligned model with its base")
 

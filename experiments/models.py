@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import (HEADS, MEASURES, SILENT, Asked, bootstrap, cells, change_table, compare,
-                      gains, measure, sampled, summary)
+from evaluate import (MEASURES, SILENT, Asked, bootstrap, change_table, compare, gains, measure,
+                      sampled, summary, summary_table)
 from lib.common import UserError, markdown, picture
-from lib.text import number, tables
+from lib.text import number
 from model import load_model
 from world.ears import COLUMNS, hear, scores, tally_all
 from world.scenes import NUMBERS, World, render_clips
@@ -49,11 +49,12 @@ def truth(tallies):
     return column["exact"] + f1 + 0.5 * order + 0.5 * counts
 
 
-def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
-    """The reward chooses among N clips; judge and truth say if it helps -> tables, numbers.
+def best_of_table(judges, device, sampler, checkpoint, counts, prompts, pairs, draws, **_):
+    """The reward chooses among N clips; judge and truth say if it helps (Table 5 in small).
     In the last row the truth chooses: that is the ceiling."""
+    real, scenes = render_clips(World("test", pairs=pairs), range(prompts))
     most = max(counts)
-    candidates = candidates_of(judges, model, scenes, most, sampler)
+    candidates = candidates_of(judges, load_model(checkpoint, device), scenes, most, sampler)
     rewards = candidates["reward"].reshape(len(scenes), most)    # (M, N)
     truths = truth(candidates["tally"]).reshape(rewards.shape)    # (M, N)
     choices = {f"best of {count}": best_of(rewards[:, :count]) for count in counts}     # (M,) each
@@ -63,13 +64,6 @@ def best_of_counts(judges, model, scenes, real, counts, sampler, draws):
         rows = np.arange(0, rewards.size, most) + chosen
         found[name] = {key: each[rows] for key, each in candidates.items()}
     return compare(found, f"best of {min(counts)}", draws, sampler.seed)
-
-
-def best_of_table(judges, device, sampler, checkpoint, counts, prompts, pairs, draws, **_):
-    """Table 5 in small."""
-    real, scenes = render_clips(World("test", pairs=pairs), range(prompts))
-    model = load_model(checkpoint, device)
-    return best_of_counts(judges, model, scenes, real, counts, sampler, draws)
 
 
 # ----------------------------------------------------------------------------- guidance
@@ -82,18 +76,20 @@ def with_guidance(sampler, scale):
 def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
     """Each model over guidance scales: judge and exact scenes against the Frechet distance."""
     clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
-    found = {"real": judges.judge(clips, scenes)}
-    rows = []
-    fronts = {}
+    real = judges.judge(clips, scenes)
+    found = {}                                          # {"MODEL at SCALE": judged arrays}
+    summaries = {}
+    fronts = {}                                         # {MODEL: a summary for each scale}
     for source in models:
-        model, name = load_model(source, device), short_name(source)
+        model = load_model(source, device)
+        name = short_name(source)
+        fronts[name] = []
         for scale in scales:
             key = f"{name} at {scale:g}"
             clips, _ = sampled(model, scenes, with_guidance(sampler, scale))
             found[key] = judges.judge(clips, scenes)
-            front = summary(found[key], found["real"])
-            fronts.setdefault(name, []).append(front)
-            rows.append([key, *cells(front)])
+            summaries[key] = summary(found[key], real)
+            fronts[name].append(summaries[key])
     with picture(Path(out) / "guidance.png", 5.5, 4, 2) as axes:
         for axis, key in zip(axes or [], ("judge", "exact")):
             for name, points in fronts.items():
@@ -104,17 +100,16 @@ def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
                     axis.annotate(f"{scale:g}", place, fontsize=7)
             axis.set(xlabel="Frechet distance", ylabel=MEASURES[key])
             axis.legend()
-    best = {}
+    best = []
     for name, points in fronts.items():
         judge = [point["judge"] for point in points]
-        best[name] = f"{name} at {scales[int(np.argmax(judge))]:g}"
-    first, *others = best.values()
+        best.append(f"{name} at {scales[np.argmax(judge)]:g}")
+    first, *others = best
     changes = {}
     for key in others:
-        changes[f"{key} against {first}"] = gains([found[key]], [found[first]], found["real"],
-                                                  draws)
+        changes[f"{key} against {first}"] = gains([found[key]], [found[first]], real, draws)
     note = "Each at its best guidance by the judge on these prompts; the choice widens no interval:"
-    paragraphs = [tables(["clips", *HEADS], rows), note, change_table(changes)]
+    paragraphs = [summary_table(summaries), note, change_table(changes)]
     return paragraphs, {"fronts": fronts, "changes": changes}
 
 
@@ -136,6 +131,7 @@ def silent(device, sampler, models, prompts, num_samples, duration, **_):
 # ----------------------------------------------------------------------------- recovered
 
 SHARES = ("judge", "exact", "order", "f1", "count")
+DIFFERENCES = (("aligned", "base"), ("control", "base"), ("aligned", "control"), ("clean", "base"))
 
 
 def share(name, models, real, rows):
@@ -147,16 +143,6 @@ def share(name, models, real, rows):
     return (aligned - base) / (clean - base) if clean != base else np.nan
 
 
-def judged_models(judges, folders, scenes, sampler, device):
-    """[judged arrays of each model], with "second": the tally of the other tagger."""
-    judged = []
-    for folder in folders:
-        clips, _ = sampled(load_model(folder, device), scenes, sampler)
-        second = tally_all(hear(judges.ear, clips), scenes)
-        judged.append({**judges.judge(clips, scenes), "second": second})
-    return judged
-
-
 def recovered(judges, device, sampler, base, clean, aligned, control, scales, prompts, draws, seed,
               **_):
     """What lies between a base that learned from weak captions and one that learned from true
@@ -165,25 +151,27 @@ def recovered(judges, device, sampler, base, clean, aligned, control, scales, pr
         raise UserError("--clean must name the model that learned from true captions, not the base")
     clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
     real = judges.judge(clips, scenes)
-    first = with_guidance(sampler, scales[0])
-    second = with_guidance(sampler, scales[1])
-    models = {"base": judged_models(judges, [base], scenes, first, device),
-              "clean": judged_models(judges, [clean], scenes, first, device),
-              "aligned": judged_models(judges, aligned, scenes, second, device),
-              "control": judged_models(judges, control, scenes, second, device)}
+    before, after = scales
+    kinds = {"base": (before, [base]), "clean": (before, [clean]),
+             "aligned": (after, aligned), "control": (after, control)}
 
     # every model, and what the second tagger hears
-    rows, others = [["real", *cells(summary(real, real))]], []
-    for kind, sets in models.items():
-        for place, judged in enumerate(sets):
-            rows.append([f"{kind} {place}", *cells(summary(judged, real))])
-            heard = scores(judged["second"])
+    summaries = {"real": summary(real, real)}
+    others = []
+    models = {kind: [] for kind in kinds}               # {kind: judged arrays of each model}
+    for kind, (scale, folders) in kinds.items():
+        for place, folder in enumerate(folders):
+            model = load_model(folder, device)
+            clips, _ = sampled(model, scenes, with_guidance(sampler, scale))
+            judged = judges.judge(clips, scenes)
+            models[kind].append(judged)
+            summaries[f"{kind} {place}"] = summary(judged, real)
+            heard = scores(tally_all(hear(judges.ear, clips), scenes))
             others.append([f"{kind} {place}", *[number(heard[name], 3) for name in SHARES[1:]]])
 
     # differences, and what is recovered
-    pairs = (("aligned", "base"), ("control", "base"), ("aligned", "control"), ("clean", "base"))
     changes = {}
-    for ours, theirs in pairs:
+    for ours, theirs in DIFFERENCES:
         if models[ours] and models[theirs]:
             changes[f"{ours} - {theirs}"] = gains(models[ours], models[theirs], real, draws, seed)
     shares = {}
@@ -195,6 +183,6 @@ def recovered(judges, device, sampler, base, clean, aligned, control, scales, pr
         table.append([MEASURES[name], *[number(value, 2) for value in shares[name]]])
     heads = ["recovered: (aligned - base) / (clean - base)", "share", "95 %: from", "to"]
     other_heads = ["clips, by the second tagger", *[MEASURES[name] for name in SHARES[1:]]]
-    paragraphs = [tables(["clips", *HEADS], rows), change_table(changes), markdown(heads, table),
+    paragraphs = [summary_table(summaries), change_table(changes), markdown(heads, table),
                   markdown(other_heads, others)]
     return paragraphs, {"changes": changes, "recovered": shares, "second tagger": others}

@@ -73,7 +73,7 @@ def test_gains_have_the_right_sign_and_pool_seeds():
     ratio, low, high = changes["frechet"]
     assert low < ratio < high < 1                            # nearer to the real scenes
     values = evaluate.summary(base, real)
-    assert len(evaluate.cells(values)) == len(evaluate.HEADS) and values["exact"] == scores(base["tally"])["exact"]
+    assert values.keys() == evaluate.MEASURES.keys() and values["exact"] == scores(base["tally"])["exact"]
     texts, numbers = evaluate.compare({"real": real, "base": base, "a": better[0], "b": better[1]}, "base", 20, 0,
                                       ("a", "b"))
     assert "all 2 pooled" in texts[2] and numbers["a against base"]["reward"][0] == pytest.approx(0.4, abs=0.1)
