@@ -56,10 +56,14 @@ REWARDS = ("clap", "truth", "shuffled")
 SHARED = ("prompts", "num_samples", "eval_prompts", "steps", "guidance_scale", "reward", "judge",
           "tagger", "device")
 COMMON = {name: FLAGS[name] for name in ("who judges", "run")}
+BASE_FLAG = flag("--base", str(BASE), "model folder of the base")
+CLEAN_FLAG = flag("--clean", str(CLEAN), "model that learned from true captions alone")
+CONTROL = flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*")
+MODELS = flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+")
+STEPS = flag("--steps", 10, "solver steps", 1)
 LOOP = [flag("--prompts", 320, "M, prompts of an iteration", 2),
         flag("--num_samples", 8, "N, clips of each", 2),
-        flag("--eval_prompts", 512, "held-out prompts", 8),
-        flag("--steps", 10, "solver steps", 1),
+        flag("--eval_prompts", 512, "held-out prompts", 8), STEPS,
         flag("--guidance_scale", 3.0, "classifier-free guidance", 0),
         flag("--runs", "runs/alignment", "folder of the runs")]
 COMMANDS = {
@@ -73,36 +77,31 @@ COMMANDS = {
                  flag("--betas", [20.0, 149.0, 2000.0], "of crpo", 0, nargs="+")],
         "loop": LOOP, **COMMON}),
     "methods": ("Every loss from the same base", {
-        "what": [flag("--base", str(BASE), "model folder"),
+        "what": [BASE_FLAG,
                  flag("--losses", list(METHODS), "which", nargs="+", choices=list(METHODS)),
                  flag("--iterations", 2, "of each", 1),
                  flag("--seeds", [0, 1, 2], "of training", 0, nargs="+")],
         "loop": LOOP, **COMMON}),
     "recovered": ("How much of what weak captions cost alignment wins back", {
-        "what": [flag("--base", str(BASE), "model folder of the base"),
-                 flag("--clean", str(CLEAN), "of the model that learned from true captions alone"),
+        "what": [BASE_FLAG, CLEAN_FLAG,
                  flag("--aligned", [ALIGNED], "of the aligned models, one a seed", nargs="+"),
-                 flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
+                 CONTROL,
                  flag("--scales", [3.0, 3.0], "guidance: of base and clean; of aligned and control",
                       0, nargs=2),
-                 flag("--prompts", 1024, "held-out prompts of unseen pairs", 8),
-                 flag("--steps", 10, "solver steps", 1)], **COMMON}),
+                 flag("--prompts", 1024, "held-out prompts of unseen pairs", 8), STEPS],
+        **COMMON}),
     "progress": ("What runs of crpo.py gain over the clips generated", {
         "what": [flag("--runs", ["runs/crpo"], "finished runs, one a seed", nargs="+"),
-                 flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*"),
-                 flag("--clean", str(CLEAN), "the model that learned from true captions alone")],
-        **COMMON}),
+                 CONTROL, CLEAN_FLAG], **COMMON}),
     "silent": ("Silent clips where a prompt counts", {
-        "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
+        "what": [MODELS,
                  flag("--prompts", 20, "counted prompts, at most 30", 1, 30),
                  flag("--num_samples", 16, "clips of each", 1),
-                 flag("--duration", 4.0, "seconds", 0.1, 4.0),
-                 flag("--steps", 10, "solver steps", 1)], **COMMON}),
+                 flag("--duration", 4.0, "seconds", 0.1, 4.0), STEPS], **COMMON}),
     "guidance": ("Base and aligned over the guidance scale", {
-        "what": [flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+"),
+        "what": [MODELS,
                  flag("--scales", [1.0, 1.5, 2.0, 3.0, 4.5, 6.0], "guidance", 0, nargs="+"),
-                 flag("--prompts", 512, "held-out prompts", 8),
-                 flag("--steps", 10, "solver steps", 1)], **COMMON})}
+                 flag("--prompts", 512, "held-out prompts", 8), STEPS], **COMMON})}
 
 
 # ----------------------------------------------------------------------------- the room

@@ -235,9 +235,9 @@ def main(argv=None):
 
     # one table
     note, heads, rows = TABLES[args.command](model, judge, sampler, **vars(args))
-    command = shlex.join(sys.argv[1:] if argv is None else argv)
-    write_report(args.out, args.command, COMMANDS[args.command][0],
-                 f"python -m experiments.toy {command}", [note, tables(heads, rows)],
+    command = f"python -m experiments.toy {shlex.join(argv or sys.argv[1:])}"
+    title, _ = COMMANDS[args.command]
+    write_report(args.out, args.command, title, command, [note, tables(heads, rows)],
                  {"settings": vars(args), "note": note, "heads": heads, "rows": rows})
     print("next: python -m experiments.toy --help lists the other tables")
 
