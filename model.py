@@ -447,7 +447,7 @@ def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", 
     if "text" in parts:
         t5 = weights.renamed(t5_names) if t5_names else None
         text_folder, _ = resolve(folder, "text_encoder")
-        model.text = load_text(text_folder, config, t5, torch.float32).to(device)
+        model.text = load_text(text_folder, config, t5).to(device)
         widths["joint_attention_dim"] = model.text.width
     for key, width in widths.items():
         if width != config[key]:

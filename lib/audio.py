@@ -242,8 +242,7 @@ def limited(audio, sampling_rate, ceiling=0.98):
 
 
 def save_spectrogram(path, audios, titles, sampling_rate):
-    """Write a PNG with a spectrogram per audio ((channels, N) or (N,)) under its title. Without
-    matplotlib there is one notice instead. Raises UserError if unwritable."""
+    """Write a PNG with a spectrogram per audio ((channels, N) or (N,)) under its title."""
     n_fft = 2 ** round(log2(sampling_rate * 0.06))
     rows = ceil(len(audios) / 2)
     with warnings.catch_warnings(), picture(path, 12.8, 2.3 * rows + 0.4) as axes:
@@ -282,9 +281,7 @@ def output_paths(output, prompts):
 
 def place_of(path, record):
     """(path, whether this very sample is there): path_2, path_3, ... where another one is.
-
-    record: all that a sample depends on, which stands beside its WAV as JSON.
-    """
+    record: all that a sample depends on, which stands beside its WAV as JSON."""
     own = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()    # as write_json
     for number in itertools.count(1):
         place = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
@@ -297,9 +294,9 @@ def place_of(path, record):
             return place, False
 
 
-def write_clips(out, column, clips, asked, rate, count=8):
-    """Write the first clips (N, samples) as WAVs into out/listen -> their paths."""
-    paths = [Path(out) / "listen" / f"{i:02d}_{column}.wav" for i in range(min(count, len(asked)))]
+def write_clips(out, column, clips, asked, rate):
+    """Write the first eight clips (N, samples) as WAVs into out/listen -> their paths."""
+    paths = [Path(out) / "listen" / f"{i:02d}_{column}.wav" for i in range(min(8, len(asked)))]
     for path, clip, each in zip(paths, clips, asked):
         write_wav(path, clip[None, :int(each.duration * rate)], rate)
     return paths

@@ -57,10 +57,9 @@ def quicken(flow, rows=None):
     rows: about B N of the batches to come; the weights move, no state_dict or training after it."""
     if not ENABLED:
         return flow
-    for module in flow.modules():
+    for module in list(flow.modules()):
         if type(module) is nn.Linear:
             module.__class__ = QuickLinear
-    for module in list(flow.modules()):
         for product, act in (("proj", "act"), ("proj_mlp", "act_mlp")):
             if isinstance(getattr(module, act, None), nn.GELU):
                 getattr(module, product).gelu = True
@@ -135,8 +134,10 @@ def channels_last(x):
 
 def quicken_codec(codec):
     """Make a codec quick where no gradient is asked for, in place; returns it."""
+    if not ENABLED:
+        return codec
     quick = {Snake: QuickSnake, WeightNormConv: QuickConv, Stack: QuickStack}
-    for module in codec.modules() if ENABLED else []:
+    for module in codec.modules():
         module.__class__ = quick.get(type(module), type(module))
     return codec
 

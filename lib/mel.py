@@ -108,17 +108,17 @@ def fit_to_mel(magnitude, target, mel):
     return magnitude * (ratio.clamp(max=100) @ mel.share)
 
 
-def griffin_lim(log_mel, mel, iterations=24, mel_steps=10):
+def griffin_lim(log_mel, mel, iterations=24):
     """Audio (B, F hop) for a log-mel (B, M, F), by fast Griffin-Lim (Perraudin et al. 2013).
     It learns nothing, so it neither invents nor forgets sounds."""
-    invert = partial(invert_mel, mel=mel, iterations=iterations, mel_steps=mel_steps)
+    invert = partial(invert_mel, mel=mel, iterations=iterations)
     rows = 1 if log_mel.device.type == "cpu" else 64                # one fits the cache of a core
     pieces = log_mel.float().split(rows)
     return torch.cat(side_by_side(invert, pieces, log_mel.device))
 
 
 @torch.no_grad()
-def invert_mel(log_mel, mel, iterations, mel_steps):
+def invert_mel(log_mel, mel, iterations):
     """`griffin_lim` of some rows. Their first phase is always the same noise.
     Mel bands fix magnitudes only in sum, so from the fifth iteration on these give way too: half
     towards those of the audio (geometric mean), then a step back to the bands. The log-mel error
@@ -127,7 +127,7 @@ def invert_mel(log_mel, mel, iterations, mel_steps):
     target = (log_mel.exp() if mel.natural else 10 ** log_mel).mT   # (B, F, M)
     target = torch.where(target > FLOOR * 1.01, target, 0.0)        # silence stays silence
     magnitude = (target / mel.filters.sum(0).clamp(min=1e-9)) @ mel.share  # (B, F, K)
-    for _ in range(mel_steps):
+    for _ in range(10):
         magnitude = fit_to_mel(magnitude, target, mel)
 
     start = magnitude

@@ -82,7 +82,7 @@ class TextEncoder(nn.Module):
         write_json(folder / "config.json", {**config, "architectures": ["T5EncoderModel"]})
 
     @classmethod
-    def load(cls, folder, weights=None, dtype=torch.float32):
+    def load(cls, folder, weights=None):
         """Read a folder in Hugging Face layout, but no decoder. weights: in place of its own.
         Prompts are cut where tokenizer_config.json says (FLAN-T5: 512 tokens; more than 100,000 is
         no limit), else at 64. Raises UserError."""
@@ -98,7 +98,7 @@ class TextEncoder(nn.Module):
                 raise ValueError(f"num_layers is {config['num_layers']}")
             with torch.device("meta"):      # no random numbers are drawn in vain
                 t5 = make_t5(**config)
-            load_weights(t5, weights.renamed(names), TIED[1:], dtype)
+            load_weights(t5, weights.renamed(names), TIED[1:], torch.float32)
             t5.encoder.embed_tokens = t5.shared         # memory parts the tied pair
             limit = read_json(path).get("model_max_length") if path.is_file() else None
             limit = limit if limit and limit <= 1e5 else MAX_TOKENS
@@ -109,8 +109,7 @@ def load_text_encoder(name):
     """The text encoder of a model folder, of a folder of its own, or of a hub id."""
     files = [*HUB_FILES, "model.safetensors"]
     folder, _ = resolve(model_folder(name, files), "text_encoder")
-    inner = folder / "text_encoder"
-    return TextEncoder.load(inner if inner.is_dir() else folder)
+    return TextEncoder.load(text_place(folder, "."))
 
 
 def text_place(folder, name):
@@ -124,17 +123,17 @@ def text_hash(folder, name):
     return weights_hash(place, "model.safetensors") if place else name
 
 
-def load_text(folder, config, weights, dtype):
+def load_text(folder, config, weights):
     """The text encoder in text_encoder/, else in the folder or hub id that text_encoder_name gives.
     weights: those inside tangoflux.safetensors or None; with them the hub gives no others."""
     name = config["text_encoder_name"]
     if place := text_place(folder, name):
-        return TextEncoder.load(place, None, dtype)
+        return TextEncoder.load(place)
     if not re.fullmatch(r"[\w-][^/]*/.+", name):
         raise UserError(f"{folder / name} is missing; a model folder needs its text_encoder/")
     files = HUB_FILES if weights else [*HUB_FILES, "model.safetensors"]
     place = fetch(name, files, f"put its files into {folder / 'text_encoder'}")
-    return TextEncoder.load(place, weights, dtype)
+    return TextEncoder.load(place, weights)
 
 
 def warn_of_unknown_words(text, prompts, sounds):
@@ -267,15 +266,15 @@ def print_row(bar, row, stopped):
         stopped.append("stdout")
 
 
-def tables(heads, rows, width=100):
-    """A Markdown table; if it is wider than `width`, its halves, each with the first column."""
+def tables(heads, rows):
+    """A Markdown table; if it is wider than 100 characters, its halves, each with the first column."""
     table = markdown(heads, rows)
-    if len(heads) < 3 or table.index("\n") <= width:
+    if len(heads) < 3 or table.index("\n") <= 100:
         return table
     middle = len(heads) // 2 + 1
-    left = tables(heads[:middle], [row[:middle] for row in rows], width)
+    left = tables(heads[:middle], [row[:middle] for row in rows])
     rest = [row[:1] + row[middle:] for row in rows]
-    return f"{left}\n\n{tables(heads[:1] + heads[middle:], rest, width)}"
+    return f"{left}\n\n{tables(heads[:1] + heads[middle:], rest)}"
 
 
 # ----------------------------------------------------------------------------- the toy encoder

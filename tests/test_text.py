@@ -112,7 +112,7 @@ def test_text_folder_reads_in_transformers_and_here(tmp_path, encoder):
     weights = load_tensors(tmp_path / "model.safetensors")       # of a whole T5 the decoder is left out
     more = {name: torch.ones(1) for name in ("decoder.x", "lm_head.weight")}
     save_tensors(tmp_path / "model.safetensors", {TIED[1]: weights.pop(TIED[0]), **weights, **more})
-    again = load_text(tmp_path.parent, {"text_encoder_name": tmp_path.name}, None, torch.float32)
+    again = load_text(tmp_path.parent, {"text_encoder_name": tmp_path.name}, None)
     assert torch.equal(again.encode(ids, mask), hidden) and again.max_tokens == 40
     assert again.t5.encoder.embed_tokens is again.t5.shared
 
@@ -134,4 +134,4 @@ def test_broken_folders_are_told(tmp_path, encoder, name, text, match, monkeypat
 
 @pytest.mark.parametrize("name", ["/etc/nothing", "../t5"])
 def test_a_model_folder_without_text_encoder_is_told(tmp_path, name):
-    refused("needs its text_encoder", load_text, tmp_path, {"text_encoder_name": name}, None, torch.float32)
+    refused("needs its text_encoder", load_text, tmp_path, {"text_encoder_name": name}, None)
