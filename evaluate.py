@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from data import DATA_FLAGS, SOUND_SUFFIXES, load_clip, read_rows
-from lib.audio import fit_audio, listening_page, resample, usable, write_clips
+from lib.audio import as_mono, fit_audio, listening_page, usable, write_clips
 from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device, flag,
                         markdown, parse_flags, reading, relative_to_here, run_main, settings_key,
                         write_jsonl, write_report)
@@ -254,8 +254,8 @@ def alarms(name, losses, before, now):
 
 def as_clips(codec, audios, rate=SAMPLE_RATE, samples=CLIP_SAMPLES):
     """A codec's audio, a list of (channels, samples) -> mono (N, samples), silence after."""
-    clips = [resample(audio.mean(0, keepdim=True), codec.sampling_rate, rate) for audio in audios]
-    return torch.cat([fit_audio(clip, samples, "start") for clip in clips])
+    clips = as_mono(audios, codec.sampling_rate, rate)
+    return torch.stack([fit_audio(clip, samples, "start") for clip in clips])
 
 
 def held_out_clips(model, scenes, noise, sampler):

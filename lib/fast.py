@@ -1,8 +1,7 @@
 """What makes it quick, and nothing else: model.py and lib/oobleck.py hold the arithmetic.
 
     attention(q, k, v, mask)  # torch's own, but in 16 bits on a CPU
-    quicken(flow)             # oneDNN multiplies on a CPU, where no gradient is asked for
-    quicken(flow, rows)       # and its weights are packed for inputs of so many rows: for good
+    quicken(flow, rows)       # oneDNN multiplies on a CPU; rows: its weights are packed, for good
     quicken_codec(codec)      # Oobleck with channels last on a CPU, its weights computed once
     start_ranks(device)       # torchrun's processes, each with its part of a batch
 

@@ -29,7 +29,6 @@ from lib.weights import (check_finite, fetch, find_weights, load_weights, model_
                          save_tensors, weights_hash)
 
 PAD, END, UNKNOWN = 0, 1, 2                                 # as in T5
-SPECIAL = ("<pad>", "</s>", "<unk>")
 MAX_TOKENS = 64                     # the official training length (its sampler uses 512)
 PUNCTUATION = ",.;:!?'\"-()&"
 WORD = rf"\w+|[^\w\s{re.escape(string.punctuation)}]+"      # a word, or symbols such as emoji
@@ -267,7 +266,7 @@ def print_row(bar, row, stopped):
 
 
 def tables(heads, rows):
-    """A Markdown table; if it is wider than 100 characters, its halves, each with the first column."""
+    """A Markdown table; wider than 100 characters, its halves, each with the first column."""
     table = markdown(heads, rows)
     if len(heads) < 3 or table.index("\n") <= 100:
         return table
@@ -279,7 +278,7 @@ def tables(heads, rows):
 
 # ----------------------------------------------------------------------------- the toy encoder
 
-def make_tokenizer(words, special=SPECIAL, template="$A </s>"):
+def make_tokenizer(words, special=("<pad>", "</s>", "<unk>"), template="$A </s>"):
     """Whole words as pieces, all else in UTF-8 bytes: no caption is out of reach. Lower case, NFKC.
     Ids: the `special` tokens in their order (T5's: 0 <pad>, 1 </s>, 2 <unk>, the last never used),
     256 bytes, a space mark, the words. template: where special tokens stand around a text $A."""

@@ -29,7 +29,7 @@ def quick_vocoder():
     with pytest.MonkeyPatch.context() as monkeypatch:           # these tests look at the plumbing, not at the sound
         monkeypatch.setattr(lib.mel.MelVAE, "vocoder_steps", 2)
         for module in (lib.mel, toy):
-            monkeypatch.setattr(module, "griffin_lim", partial(lib.mel.griffin_lim, iterations=2, mel_steps=2))
+            monkeypatch.setattr(module, "griffin_lim", partial(lib.mel.griffin_lim, iterations=2))
         yield
 
 
