@@ -4,7 +4,8 @@
     weights = find_weights(folder, "tangoflux.safetensors")  # names and shapes; nothing is read yet
     load_weights(flow, weights)                              # every name once, every shape right
 
-A model of 2 GB takes 2 GB to load: no second copy lies beside it.
+A model of 2 GB takes 2 GB to load: no second copy lies beside it. Pickles can run code when they
+are read: one is taken only where there is no safetensors file, by torch's weights_only reader.
 
 A run's folder is a model folder plus `log.jsonl` and `state.pt`, all that a resume needs in one
 atomic file. What stands beside it is written again then: a kill between two files mixes no steps.

@@ -21,7 +21,9 @@ def test_a_quick_flow_gives_the_same_velocity(inputs, rows, dtype, tolerance):
     with torch.inference_mode():
         ours, plain = (each.velocity(x.to(dtype), t, condition) for each in (quick, flow))
     assert relative_error(ours, plain) < tolerance
-    assert ("fc.0.weight" in quick.state_dict()) == (rows is None)
+    with torch.inference_mode():        # an older CPU has no product of its own in bfloat16
+        packs = rows is not None and fast.onednn_multiplies(torch.zeros(1, dtype=dtype))
+    assert ("fc.0.weight" in quick.state_dict()) == (not packs)
 
 
 def test_without_rows_a_quick_flow_trains_as_before(inputs):
