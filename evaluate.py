@@ -195,7 +195,7 @@ def summary_table(summaries):
     for clips, values in summaries.items():
         cells = [number(value, digits.get(name, 3)) for name, value in values.items()]
         rows.append([clips, *cells])
-    heads = [MEASURES[name] for name in values]
+    heads = [MEASURES[name] for name in next(iter(summaries.values()))]
     return tables(["clips", *heads], rows)
 
 
@@ -218,9 +218,9 @@ def compare(found, against, draws=1000, seed=0, pooled=()):
         groups[f"all {len(pooled)} pooled"] = [found[name] for name in pooled]
     base = found[against]
     changes = {name: gains(group, [base], real, draws, seed) for name, group in groups.items()}
-    named = {f"{name} against {against}": change for name, change in changes.items()}
+    numbers = {f"{name} against {against}": change for name, change in changes.items()}
     note = f"Differences to {against}, over prompts ({FEWEST} or more for an interval):"
-    return [summary_table(summaries), note, change_table(changes)], {**summaries, **named}
+    return [summary_table(summaries), note, change_table(changes)], {**summaries, **numbers}
 
 
 def change_of(name, before, now):
@@ -347,7 +347,8 @@ def main(argv=None):
     paragraphs, numbers = compare(found, against, args.draws, args.seed, pooled)
     budget = (f"{len(asked)} prompts of {args.data or 'the world'}, the same noise for all models; "
               f"{args.steps} {args.solver} steps, guidance {args.guidance_scale:g}.")
-    command = f"python evaluate.py {shlex.join(argv or sys.argv[1:])}"
+    words = sys.argv[1:] if argv is None else argv
+    command = f"python evaluate.py {shlex.join(words)}"
     write_report(out, name, "Clips side by side", command, [budget, *paragraphs],
                  {"settings": vars(args), **numbers})
     for page, blind in (("listen.html", False), ("blind.html", True)):

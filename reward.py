@@ -64,12 +64,12 @@ class Clap(nn.Module):
         return ids.to(self.device), mask.to(self.device)
 
     @torch.inference_mode()
-    def embed_text(self, prompts):
+    def embed_text(self, prompts, batch_size=64):
         """Prompts -> (N, D) float32 of unit length, on the CPU; equal prompts are embedded once."""
         unique = list(dict.fromkeys(prompts))
         pieces = []
-        for start in range(0, len(unique), 64):
-            ids, mask = self.tokenize(unique[start:start + 64])
+        for start in range(0, len(unique), batch_size):
+            ids, mask = self.tokenize(unique[start:start + batch_size])
             pieces.append(self.clap.get_text_features(ids, mask.long()).pooler_output.float().cpu())
         embeddings = dict(zip(unique, torch.cat(pieces)))
         return torch.stack([embeddings[prompt] for prompt in prompts])

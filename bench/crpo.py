@@ -176,7 +176,8 @@ def main(argv=None):
             f"training steps of {settings.batch_size} pairs, {torch.get_num_threads()} threads. "
             f"Seconds, medians of {args.repeats} rounds; x: times ours, with the range.")
     table = markdown(["way", *STAGES], comparison(runs, STAGES))
-    command = f"python -m bench.crpo {shlex.join(argv or sys.argv[1:])}"
+    words = sys.argv[1:] if argv is None else argv
+    command = f"python -m bench.crpo {shlex.join(words)}"
     title = "An iteration of CRPO against the official way of driving the same model"
     write_report(args.out, "bench_crpo", title, command, [text, table], {"runs": runs})
     print("next: python crpo.py runs it")

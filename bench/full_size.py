@@ -205,7 +205,8 @@ def main(argv=None):
             "times the official one, by rounds, with the range. Seconds; peak and extra (memory "
             "beyond what was there before) in GB. Difference: largest of the audio to the official "
             "one, over its largest sample (same weights and noise).")
-    command = f"python -m bench.full_size {shlex.join(argv or sys.argv[1:])}"
+    words = sys.argv[1:] if argv is None else argv
+    command = f"python -m bench.full_size {shlex.join(words)}"
     write_report(args.out, f"bench_{args.command}", f"Full size: {COMMANDS[args.command][0]}",
                  command, [text, markdown(["way", *measures, "difference"], rows)], {"runs": runs})
     print("next: python sample.py --checkpoint FOLDER runs it")

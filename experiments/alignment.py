@@ -58,12 +58,14 @@ SHARED = ("prompts", "num_samples", "eval_prompts", "steps", "guidance_scale", "
 COMMON = {name: FLAGS[name] for name in ("who judges", "run")}
 BASE_FLAG = flag("--base", str(BASE), "model folder of the base")
 CLEAN_FLAG = flag("--clean", str(CLEAN), "model that learned from true captions alone")
-CONTROL = flag("--control", [], "the same from shuffled rewards", kind=str, nargs="*")
-MODELS = flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+")
-STEPS = flag("--steps", 10, "solver steps", 1)
+CONTROL_FLAG = flag("--control", [], "models or runs of shuffled rewards, one a seed", kind=str,
+                    nargs="*")
+MODELS_FLAG = flag("--models", [str(BASE), ALIGNED], "model folders", nargs="+")
+STEPS_FLAG = flag("--steps", 10, "solver steps", 1)
 LOOP = [flag("--prompts", 320, "M, prompts of an iteration", 2),
         flag("--num_samples", 8, "N, clips of each", 2),
-        flag("--eval_prompts", 512, "held-out prompts", 8), STEPS,
+        flag("--eval_prompts", 512, "held-out prompts", 8),
+        STEPS_FLAG,
         flag("--guidance_scale", 3.0, "classifier-free guidance", 0),
         flag("--runs", "runs/alignment", "folder of the runs")]
 COMMANDS = {
@@ -85,23 +87,25 @@ COMMANDS = {
     "recovered": ("How much of what weak captions cost alignment wins back", {
         "what": [BASE_FLAG, CLEAN_FLAG,
                  flag("--aligned", [ALIGNED], "of the aligned models, one a seed", nargs="+"),
-                 CONTROL,
+                 CONTROL_FLAG,
                  flag("--scales", [3.0, 3.0], "guidance: of base and clean; of aligned and control",
                       0, nargs=2),
-                 flag("--prompts", 1024, "held-out prompts of unseen pairs", 8), STEPS],
-        **COMMON}),
+                 flag("--prompts", 1024, "held-out prompts of unseen pairs", 8),
+                 STEPS_FLAG], **COMMON}),
     "progress": ("What runs of crpo.py gain over the clips generated", {
         "what": [flag("--runs", ["runs/crpo"], "finished runs, one a seed", nargs="+"),
-                 CONTROL, CLEAN_FLAG], **COMMON}),
+                 CONTROL_FLAG, CLEAN_FLAG], **COMMON}),
     "silent": ("Silent clips where a prompt counts", {
-        "what": [MODELS,
+        "what": [MODELS_FLAG,
                  flag("--prompts", 20, "counted prompts, at most 30", 1, 30),
                  flag("--num_samples", 16, "clips of each", 1),
-                 flag("--duration", 4.0, "seconds", 0.1, 4.0), STEPS], **COMMON}),
+                 flag("--duration", 4.0, "seconds", 0.1, 4.0),
+                 STEPS_FLAG], **COMMON}),
     "guidance": ("Base and aligned over the guidance scale", {
-        "what": [MODELS,
+        "what": [MODELS_FLAG,
                  flag("--scales", [1.0, 1.5, 2.0, 3.0, 4.5, 6.0], "guidance", 0, nargs="+"),
-                 flag("--prompts", 512, "held-out prompts", 8), STEPS], **COMMON})}
+                 flag("--prompts", 512, "held-out prompts", 8),
+                 STEPS_FLAG], **COMMON})}
 
 
 # ----------------------------------------------------------------------------- the room
@@ -198,13 +202,14 @@ def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, dra
                 share_candidates(first, folder, scores)
                 crpo.run(f"room: {folder.name}", out=str(folder), checkpoint=base, iterations=1,
                          seed=seed, beta=beta, shuffle=reward == "shuffled", **loop, **PAIRED)
-                real, before, after = judged_sets(folder, 1).values()
+                sets = judged_sets(folder, 1)
+                real, aligned = sets["real"], sets["iteration 1"]
                 if folder == first:
                     summaries[f"{name}: real"] = summary(real, real)
-                    summaries[f"{name}: base"] = summary(before, real)
+                    summaries[f"{name}: base"] = summary(sets["base"], real)
                 label = f"{name}, {reward}, beta {beta:g}"
-                summaries[label] = summary(after, real)
-                changes[label] = gains([after], [before], real, draws, seed)
+                summaries[label] = summary(aligned, real)
+                changes[label] = gains([aligned], [sets["base"]], real, draws, seed)
     table, numbers = room_table(rooms, draws)
     paragraphs = [table, summary_table(summaries), change_table(changes)]
     return paragraphs, {"room": numbers, "changes": changes}
@@ -231,8 +236,9 @@ def methods(loop, base, losses, iterations, seeds, runs, draws, out, **_):
     curves = {}
     for name, folders in finished.items():
         sets = [judged_sets(folder, iterations) for folder in folders]
-        real, base, *_ = sets[0].values()
-        changes[name] = gains([each[last] for each in sets], [base], real, draws)
+        real = sets[0]["real"]
+        aligned = [each[last] for each in sets]
+        changes[name] = gains(aligned, [sets[0]["base"]], real, draws)
         costs = [training_cost(folder, iterations) for folder in folders]
         minutes, drift, ratio = np.mean(costs, axis=0)
         rows.append([name, number(minutes, 1), number(drift, 4), number(ratio, 3), hacks(sets)])
@@ -359,7 +365,8 @@ def main(argv=None):
     paragraphs, numbers = TABLES[args.command](judges=judges, sampler=sampler,
                                                loop={**loop, "save_clips": 256},
                                                **{**flags, "device": device})
-    command = f"python -m experiments.alignment {shlex.join(argv or sys.argv[1:])}"
+    words = sys.argv[1:] if argv is None else argv
+    command = f"python -m experiments.alignment {shlex.join(words)}"
     title, _ = COMMANDS[args.command]
     write_report(args.out, args.command, title, command, paragraphs,
                  {"settings": vars(args), **numbers})

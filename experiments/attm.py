@@ -402,7 +402,8 @@ def main(argv=None):
         paragraphs.append(f"hum: a ridge regression, {lab.hum_meter[1]:.2f} on held-out clips.")
 
     # report
-    command = f"python -m experiments.attm {shlex.join(argv or sys.argv[1:])}"
+    words = sys.argv[1:] if argv is None else argv
+    command = f"python -m experiments.attm {shlex.join(words)}"
     write_report(out, name, entry.title, command, paragraphs,
                  {"settings": vars(args), "verdict": sentence, **found})
     print("next: python -m experiments.attm --help lists the other entries")

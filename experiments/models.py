@@ -83,6 +83,8 @@ def guidance(judges, device, sampler, models, scales, prompts, draws, out, **_):
     for source in models:
         model = load_model(source, device)
         name = short_name(source)
+        if name in fronts:
+            raise UserError(f"two models of --models are called {name}: rename a folder")
         fronts[name] = []
         for scale in scales:
             key = f"{name} at {scale:g}"
@@ -151,9 +153,9 @@ def recovered(judges, device, sampler, base, clean, aligned, control, scales, pr
         raise UserError("--clean must name the model that learned from true captions, not the base")
     clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
     real = judges.judge(clips, scenes)
-    before, after = scales
-    kinds = {"base": (before, [base]), "clean": (before, [clean]),
-             "aligned": (after, aligned), "control": (after, control)}
+    scale, aligned_scale = scales
+    kinds = {"base": (scale, [base]), "clean": (scale, [clean]),
+             "aligned": (aligned_scale, aligned), "control": (aligned_scale, control)}
 
     # every model, and what the second tagger hears
     summaries = {"real": summary(real, real)}

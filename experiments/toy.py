@@ -235,7 +235,8 @@ def main(argv=None):
 
     # one table
     note, heads, rows = TABLES[args.command](model, judge, sampler, **vars(args))
-    command = f"python -m experiments.toy {shlex.join(argv or sys.argv[1:])}"
+    words = sys.argv[1:] if argv is None else argv
+    command = f"python -m experiments.toy {shlex.join(words)}"
     title, _ = COMMANDS[args.command]
     write_report(args.out, args.command, title, command, [note, tables(heads, rows)],
                  {"settings": vars(args), "note": note, "heads": heads, "rows": rows})

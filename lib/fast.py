@@ -1,7 +1,8 @@
 """What makes it quick, and nothing else: model.py and lib/oobleck.py hold the arithmetic.
 
     attention(q, k, v, mask)  # torch's own, but in 16 bits on a CPU
-    quicken(flow, rows)       # oneDNN multiplies on a CPU; rows: its weights are packed, for good
+    quicken(flow)             # oneDNN multiplies on a CPU, where no gradient is asked for
+    quicken(flow, rows)       # and its weights are packed for inputs of so many rows: for good
     quicken_codec(codec)      # Oobleck with channels last on a CPU, its weights computed once
     start_ranks(device)       # torchrun's processes, each with its part of a batch
 
@@ -56,7 +57,7 @@ def quicken(flow, rows=None):
     rows: about B N of the batches to come; the weights move, no state_dict or training after it."""
     if not ENABLED:
         return flow
-    for module in list(flow.modules()):
+    for module in list(flow.modules()):     # a list: the loop replaces modules
         if type(module) is nn.Linear:
             module.__class__ = QuickLinear
         for product, act in (("proj", "act"), ("proj_mlp", "act_mlp")):

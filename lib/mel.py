@@ -27,6 +27,7 @@ MEL_16K = dict(sampling_rate=16000, n_fft=1024, num_mels=80, hop_size=256, win_s
                fmax=8000, log="log10")
 MEL_44K = dict(sampling_rate=44100, n_fft=2048, num_mels=128, hop_size=512, win_size=2048, fmin=0,
                fmax=22050.0, log="natural log")
+MEL_STEPS = 10          # by which magnitudes are fitted to mel bands
 FLOOR = 1e-5            # smaller mel magnitudes are stored as this: -100 dB, silence
 
 
@@ -127,7 +128,7 @@ def invert_mel(log_mel, mel, iterations):
     target = (log_mel.exp() if mel.natural else 10 ** log_mel).mT   # (B, F, M)
     target = torch.where(target > FLOOR * 1.01, target, 0.0)        # silence stays silence
     magnitude = (target / mel.filters.sum(0).clamp(min=1e-9)) @ mel.share  # (B, F, K)
-    for _ in range(10):
+    for _ in range(MEL_STEPS):
         magnitude = fit_to_mel(magnitude, target, mel)
 
     start = magnitude

@@ -108,7 +108,8 @@ def load_text_encoder(name):
     """The text encoder of a model folder, of a folder of its own, or of a hub id."""
     files = [*HUB_FILES, "model.safetensors"]
     folder, _ = resolve(model_folder(name, files), "text_encoder")
-    return TextEncoder.load(text_place(folder, "."))
+    inner = folder / "text_encoder"
+    return TextEncoder.load(inner if inner.is_dir() else folder)
 
 
 def text_place(folder, name):

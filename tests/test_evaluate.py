@@ -30,6 +30,7 @@ def quick_vocoder():
         monkeypatch.setattr(lib.mel.MelVAE, "vocoder_steps", 2)
         for module in (lib.mel, toy):
             monkeypatch.setattr(module, "griffin_lim", partial(lib.mel.griffin_lim, iterations=2))
+        monkeypatch.setattr(lib.mel, "MEL_STEPS", 2)
         yield
 
 

@@ -28,14 +28,14 @@ def test_the_house_is_small():
     assert sum(lines[name] for name in AFTERNOON) <= 3000
     assert max(lines.values()) < 500, max(lines, key=lines.get)
     # what is reached; it may rise with a feature only (last: --events, silent). The aims: 8,500, 5,000
-    assert sum(lines.values()) <= 10670
-    assert figures((ROOT / "tests").glob("*.py"))["lines"] <= 7727
+    assert sum(lines.values()) <= 10654
+    assert figures((ROOT / "tests").glob("*.py"))["lines"] <= 7730
 
 
 def test_lines_are_plain():
     found = figures(KNOWN.values())
-    assert found["nodes"] / found["code lines"] <= 6.44         # the aims: 5.8 nodes, 54 characters
-    assert found["characters"] / found["code lines"] <= 55.0
+    assert found["nodes"] / found["code lines"] <= 6.39         # the aims: 5.8 nodes, 54 characters
+    assert found["characters"] / found["code lines"] <= 54.9
     assert found["two comprehensions"] <= 2
     assert found["lines over 100"] == 0
     assert found["functions taking args"] <= 8

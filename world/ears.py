@@ -264,8 +264,8 @@ def spearman(a, b):
 
 
 def band_statistics(mel, samples):
-    """A log10 mel (80, F) over its sounding samples -> (720,): a band's quantiles, changes, dips, in
-    decades below the clip's peak, at most 4 (80 dB)."""
+    """A log10 mel (80, F) over its sounding samples -> (720,): a band's quantiles, changes, dips.
+    In decades below the clip's peak, at most 4 (80 dB)."""
     mel = mel[:, :max(9, math.ceil(samples / MEL_16K["hop_size"]))]
     mel = (mel - mel.max()).clamp(min=-4)
     change = mel.diff(dim=1).abs()

@@ -315,5 +315,7 @@ def in_workers(function, jobs, workers, desc=None, unit="it"):
                          generator=torch.Generator())       # leaves the global one alone
     try:
         yield from tqdm(results, desc, unit=unit, disable=desc is None)
-    except UserError as error:                              # without the worker's traceback
-        raise UserError(str(error).split("UserError: ")[-1]) from None
+    except UserError as error:
+        if not workers:
+            raise
+        raise UserError(str(error).split("UserError: ")[-1]) from None  # no worker's traceback

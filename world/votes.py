@@ -117,6 +117,7 @@ class Source(NamedTuple):
     one_prompt: bool    # compares takes of one prompt, or of any two
 
     def utility(self, row):
+        """What a clip is worth to this source."""
         minded = row["level"] if row["degradation"] == self.minds else 0.0
         return row["quality"] - self.cost * minded
 
