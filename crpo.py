@@ -126,6 +126,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--save_every", 25, "steps between saves", 1),
     flag("--save_clips", 64, "clips sampled or scored between saves", 1), DTYPE, DEVICE]}
 MAY_CHANGE = {"iterations", "out", "device", "log_every", "save_every", "debug"}
+FILES = {"policy": "--checkpoint", "ears": "--reward, --judge or --tagger"}     # by config.json
 HELD_OUT = 50000        # first validation scene used: none that chose thresholds or the base
 NOISE = "evaluation 7"  # seed of the held-out clips: no candidates have it, whatever --seed is
 
@@ -361,8 +362,12 @@ def begin(path, command, flags, policy, judges):
                "code": code_hash()}
     wanted = relative_to_here(wanted)           # so that a repository may move
     started = {"noise": NOISE}
-    if path.is_file():
+    if path.is_file() and (path.parent / "real.safetensors").is_file():     # else nothing was made
         started = relative_to_here(read_json(path, dict))
+        for name, files in FILES.items():
+            if started.get(name, wanted[name]) != wanted[name]:
+                raise UserError(f"the run in {path.parent} was started with other files at "
+                                f"{files}; delete it, or give another --out")
         check_settings(path.parent, started, wanted)
     wanted["noise"] = started.get("noise", started.get("evaluation_seed"))  # of the first edition
     write_json(path, {"command": command, **wanted, "iterations": flags.iterations})

@@ -234,8 +234,11 @@ def check_fresh(place, found, wanted):
     for name in found | wanted:
         there, now = found.get(name), wanted.get(name)
         if there != now:
-            raise UserError(f"the cache {place} is stale: {name} {there!s:.40} there, {now!s:.40} "
-                            "now; delete it, or choose another (--cache)")
+            change = f"{name} {there!s:.40} there, {now!s:.40} now"
+            if name == "manifest":
+                change = "it is of another manifest"
+            raise UserError(f"the cache {place} is stale: {change}; delete it, or choose another "
+                            "(--cache)")
 
 
 def open_cache(folder):

@@ -189,7 +189,10 @@ def usable_pairs(rewards, per_prompt=1):
     pairs = make_pairs(rewards, per_prompt)
     missing = len(rewards) - len(set(pairs[0].tolist()))
     if missing == len(rewards):
-        raise UserError("no prompt makes a pair; raise --num_samples or check --reward")
+        remedy = "their scores are equal: raise --num_samples or check --reward"
+        if not np.isfinite(rewards).all():
+            remedy = "among each one's scores are NaN: mend --reward"
+        raise UserError(f"no prompt makes a pair; {remedy}")
     if missing:
         warn(f"{missing} of {len(rewards)} prompts make no pair (equal or NaN scores)")
     return pairs

@@ -197,12 +197,17 @@ def test_one_process_in_a_folder_that_is_gone_after_wrong_input(claps, tmp_path,
 
 def test_other_code_in_the_middle_of_a_run_is_said(tmp_path, capsys):
     flags = parse_flags("", crpo.FLAGS, [], {})
+    (tmp_path / "real.safetensors").touch()
     for kept, said in (({}, False), ({"code": "other"}, True)):
         write_json(tmp_path / "config.json", {**kept, "noise": "x", "ears": []})
         crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
         assert ("begun by other code" in capsys.readouterr().err) == said
     crpo.begin(tmp_path / "config.json", "crpo.py", flags, "policy", SimpleNamespace())
     assert capsys.readouterr().err == ""                                        # once
+    refused("was started with other files at --checkpoint", crpo.begin, tmp_path / "config.json", "", flags, "other",
+            SimpleNamespace())
+    (tmp_path / "real.safetensors").unlink()                                    # nothing was made: another may begin
+    crpo.begin(tmp_path / "config.json", "crpo.py", flags, "other", SimpleNamespace())
     write_json(tmp_path / "config.json", {"num_layers": 2})                     # of a model that train_fm.py made
     refused("holds another model or run", crpo.run, out=str(tmp_path))
     assert read_json(tmp_path / "config.json") == {"num_layers": 2}
