@@ -170,7 +170,7 @@ def test_a_path_follows_from_its_start_alone_and_its_last_step_has_no_noise():
     assert deviation == 0
     assert noisy_step(start, start, torch.tensor(1.0), torch.tensor(0.9), 0.7)[1] == pytest.approx(0.7)
     assert noisy_step(start, start, torch.tensor(0.8), torch.tensor(0.7), 0.7)[1] == pytest.approx(0.7 * (4 * 0.1) ** 0.5)
-    t = torch.tensor([0.999, 0.61, 0.001])                                      # of the four steps with noise
+    t = torch.tensor([0.999, 0.61, 0.0])                                        # of the four steps with noise
     xt, after, began = path_step(whole, t)
     assert torch.equal(xt[0], whole[0, 0]) and torch.equal(after[1], whole[1, 2])
     assert torch.allclose(began, torch.tensor([1.0, 0.8, 0.4])) and torch.equal(xt[2], whole[2, 3])
@@ -190,8 +190,10 @@ def test_grpos_ratio_is_1_at_first_and_its_gradient_that_of_the_policy():
     assert torch.allclose(gradient("grpo", old, old, xt, target, t, A), wanted, atol=1e-6)
     after = old - 3 * wanted
     assert grpo_loss(after, old, xt, target, t, A, HOW)[1]["gained"] > 0
-    far = gradient("grpo", old - 1000 * wanted, old, xt, target, t, A)          # clipped: what is rewarded rests
-    assert far.abs().sum() < wanted.abs().sum()
+    tight = HOW._replace(clip_range=1e-6)
+    assert not gradient("grpo", after, old, xt, target, t, A, tight).any()      # clipped: what has gained rests
+    back = gradient("grpo", old + 3 * wanted, old, xt, target, t, A, tight)     # what has lost is pulled as before
+    assert (back.flatten(1).abs().amax(1) > 0).all()
     assert not gradient("grpo", old, old, xt, target, t, 0 * A).any()
     kl = gradient("grpo", old + 0.1, old, xt, target, t, 0 * A, HOW._replace(kl_weight=1.0))
     assert (kl > 0).all()                                                       # downhill is back to old
