@@ -9,6 +9,7 @@ from conftest import TINY_MEL, noise, refused, relative_error
 from lib.audio import ClapMel
 from lib.common import generator
 from lib.mel import MEL_16K, MEL_44K, LogMel, MelVAE, griffin_lim, log_mel_error
+from vae import make_codec
 
 OURS = {"16k": MEL_16K, "44k": MEL_44K}
 
@@ -198,3 +199,9 @@ def test_decoded_bands_stay_within_full_scale():
     loud = codec.decode(torch.zeros(1, 2, TINY_MEL.get("latent_channels", 4)))
     bound = griffin_lim(codec.mel.full_scale().expand(1, 80, 8), codec.mel)
     assert torch.allclose(loud[0], bound, atol=1e-2)
+
+
+@pytest.mark.parametrize("odd", [{"hop_size": 0}, {"hop_size": -256}, {"hop_size": 300}, {"win_size": 0}, {"sampling_rate": 0},
+                                 {"n_fft": 1 << 20, "win_size": 1 << 20}, {"hop_size": "256"}])
+def test_a_mel_that_cannot_be_is_one_line(odd):
+    refused("must describe a codec", make_codec, "mel", {"mel": {**MEL_16K, **odd}})
