@@ -65,7 +65,7 @@ class ModelConfig:
             for name, field in cls.__dataclass_fields__.items():
                 low, high = (0, 1000) if "_layers" in name else (1, 100_000)
                 value = getattr(self, name)
-                whole = isinstance(value, int) and low <= value <= high
+                whole = type(value) is int and low <= value <= high
                 if not right.get(name, field.type is not int or whole):
                     raise ValueError(f"{name} is {value!r}")
             axes = self.axes_dims_rope

@@ -39,7 +39,7 @@ class LogMel(Module):
     def __init__(self, sampling_rate, n_fft, num_mels, hop_size, win_size, fmin, fmax, log):
         super().__init__()
         from transformers.audio_utils import mel_filter_bank
-        divides = hop_size > 0 and n_fft % hop_size == 0
+        divides = type(hop_size) is int and hop_size > 0 and n_fft % hop_size == 0
         if not divides or win_size != n_fft or n_fft > 1 << 16 or not 1e3 <= sampling_rate <= 1e6:
             raise ValueError(f"hop_size {hop_size} must divide n_fft {n_fft}, which win_size "
                              f"{win_size} equals, at a sampling_rate of 1 kHz to 1 MHz")

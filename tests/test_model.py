@@ -210,7 +210,7 @@ def test_bad_folders_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"num_layers": -1}, "num_layers is -1"), ({"in_channels": "64"}, "in_channels is '64'"),
+    ({"num_layers": -1}, "num_layers is -1"), ({"num_attention_heads": True}, "heads is True"), ({"in_channels": "64"}, "in_channels is '64'"),
     ({"max_duration": float("nan")}, "max_duration is nan"), ({"text_encoder_name": 7}, "text_encoder_name is 7"),
     ({"axes_dims_rope": [4, 4]}, "add up to"), ({"axes_dims_rope": [5, 5, 6]}, "even widths"),
     ({"axes_dims_rope": [-4, 10, 10]}, "even widths"), ({"max_duration": 1e300}, "max_duration is"), ({"axes_dims_rope": 12}, "cannot be used"),
