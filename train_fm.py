@@ -95,7 +95,7 @@ FLAGS = {"model": [
 ], "run": [
     flag("--out", None, "folder; none: runs/base, with --checkpoint runs/tuned"),
     flag("--seed", 0, "seed of initialisation, order, noise, t, dropout", 0, 2 ** 63),
-    flag("--max_minutes", 1e6, "minutes of this command, which then goes on", 0, 1e9),
+    flag("--max_minutes", 1e6, "minutes after which it stops; the same command goes on", 0, 1e9),
     flag("--save_every", 250, "steps between saves", 1),
     flag("--save_weights", "ema", "weights of the saved model: exponential average, as trained, or "
          "average of the first --sigma_rel", choices=["ema", "raw", "power"]),

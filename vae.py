@@ -60,7 +60,7 @@ FLAGS = {"codec": [
 ], "run": [
     flag("--out", "runs/vae", "output folder; a run found there is resumed"),
     flag("--seed", 0, "seed of weights, scenes, batches and noise", 0, 2 ** 63),
-    flag("--max_minutes", 60.0, "minutes of this command, which then goes on", 0, 1e9),
+    flag("--max_minutes", 60.0, "minutes after which it stops; the same command goes on", 0, 1e9),
     flag("--log_every", 50, "steps between validations", 1),
     flag("--save_every", 100, "steps between saved states", 1), DEVICE]}
 OOBLECK = dict(clips=512, crop_seconds=1.0, train_steps=3000, batch_size=4, learning_rate=3e-3,
@@ -302,7 +302,8 @@ def main():
         panels = [("loss", "log", {"training": "loss", "held-out clips": "validation_loss"}),
                   ("log-mel error, dB", "linear", {"held-out clips": "validation_db"})]
         draw_log(args.out, panels, "vae_loss.png")
-        print(f"wrote {args.out} after step {step} of {args.train_steps}; the same command goes on")
+        more = "; the same command goes on" if step < args.train_steps else ""
+        print(f"wrote {args.out} after step {step} of {args.train_steps}{more}")
         print(f"next: python train_fm.py --codec {args.out}")
 
 
