@@ -162,7 +162,7 @@ MUTANTS = {
         ("own", "np.nanpercentile(values, [2.5, 97.5]", "np.nanpercentile(values, [5, 95]", "evaluate golden:tallies"),
         ("own", "else ours - theirs", "else theirs - ours", "evaluate"),
         ("own", "clip[:int(each.duration * rate)] for clip", "clip for clip", "evaluate"),
-        ("own", "0 > change_of(\"judge\", before, now)[1]", "0 > change_of(\"judge\", before, now)[0]", "crpo"),
+        ("own", "0 > change_of(\"judge\", before, now)[1]", "0 > change_of(\"judge\", before, now)[0]", "evaluate"),
         ("own", "losses.get(\"winner\", 0) > 1.05 * losses", "losses[\"winner\"] > 1.5 * losses", "crpo"),
         ("own", "found[name] for name in pooled]", "found[name] for name in pooled[:1]]", "evaluate"),
     ],

@@ -201,3 +201,11 @@ def test_wrong_input_is_one_line(place, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     refused(message, run, place, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_is_fooled_only_where_the_judge_surely_fell():
+    wobble = np.tile([1.0, -1.02], 32)                              # its mean's interval holds 0
+    before = {"reward": np.zeros(64), "judge": np.zeros(64)}
+    for judge, said in ((wobble, False), (wobble - 1, True), (wobble + 1, False)):
+        assert evaluate.fooled(before, {"reward": wobble + 2, "judge": judge}) == said
+        assert not evaluate.fooled(before, {"reward": wobble, "judge": judge})      # nor surely better by the reward
