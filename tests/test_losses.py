@@ -315,4 +315,4 @@ def test_a_reward_of_a_file(claps, tmp_path):                                   
     for name, what in (("one", "its scores of 2 clips are"), ("bad", "must give a number"), ("none", "must define none")):
         refused(what, run, claps, tmp_path / name, reward=f"{mine}:{name}", iterations=1)
     (tmp_path / "mine.py").write_text(code + "\n")
-    refused("was started with ears", run, claps, tmp_path / "a", reward=f"{mine}:dark", iterations=1, epochs=1)
+    refused("was started with other files at --reward", run, claps, tmp_path / "a", reward=f"{mine}:dark", iterations=1, epochs=1)
