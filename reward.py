@@ -191,7 +191,7 @@ def usable_pairs(rewards, per_prompt=1):
     if missing == len(rewards):
         remedy = "their scores are equal: raise --num_samples or check --reward"
         if not np.isfinite(rewards).all():
-            remedy = "among each one's scores are NaN: mend --reward"
+            remedy = "there are NaN among their scores: mend --reward"
         raise UserError(f"no prompt makes a pair; {remedy}")
     if missing:
         warn(f"{missing} of {len(rewards)} prompts make no pair (equal or NaN scores)")

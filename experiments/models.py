@@ -153,8 +153,8 @@ def recovered(judges, device, sampler, base, clean, aligned, control, scales, pr
         raise UserError("--clean must name the model that learned from true captions, not the base")
     clips, scenes = render_clips(World("test", pairs="unseen"), range(prompts))
     real = judges.judge(clips, scenes)
-    scale, aligned_scale = scales
-    kinds = {"base": (scale, [base]), "clean": (scale, [clean]),
+    base_scale, aligned_scale = scales
+    kinds = {"base": (base_scale, [base]), "clean": (base_scale, [clean]),
              "aligned": (aligned_scale, aligned), "control": (aligned_scale, control)}
 
     # every model, and what the second tagger hears

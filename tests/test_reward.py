@@ -111,7 +111,7 @@ def test_best_and_worst_ties_and_nan():
     assert [part.tolist() for part in make_pairs(scores, 2)] == [[0, 3, 0, 3], [1, 1, 2, 2], [3, 0, 0, 3]]
     assert [part.tolist() for part in make_pairs([[3, 1, 2.]], 9)] == [[0], [0], [1]]       # none with itself
     refused("scores are equal", usable_pairs, np.ones((2, 3)))
-    refused("are NaN: mend --reward", usable_pairs, np.array([[1, np.nan, 2], [0, 0, 0]]))
+    refused("are NaN among their scores: mend --reward", usable_pairs, np.array([[1, np.nan, 2], [0, 0, 0]]))
     assert best_of(scores).tolist() == [1, 0, 2, 1]
     refused("all rewards of a prompt are NaN", best_of, [[1.0, 2.0], [np.nan, np.nan]])
     assert ears.spearman(np.array([1, 2, 2, 4]), np.array([1, 3, 2, 9])) == pytest.approx(0.9486832980505138)
