@@ -9,9 +9,9 @@ Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where i
 run ends with the same bits. Clip i is made from (seed, i); in bfloat16, on its batch a little too.
 
 Where paper and official code differ, we do this:
-  - beta multiplies 0.5 times MEANS over (L, C), as the code (Eq. 2: sums, no 0.5: --reduction sum
-    --half 1). A likelihood sums: the code's 2000 of means over 645 x 64 is 149 of the toy's over
-    64 x 48 (docs/differences.md); L_FM stays a mean (Eq. 5);
+  - beta multiplies 0.5 times MEAN errors over (L, C), as in the code (Eq. 2: sums, no 0.5:
+    --reduction sum --half 1). A mean is 1/(L C) of the sum, so that an equally strong beta grows
+    with L C: 2000 at the code's 645 x 64 is 149 at the toy's 64 x 48; L_FM stays a mean (Eq. 5);
   - t is logit-normal, as the code (Eq. 2: uniform), but nearer to noise (code: --t_mean 0) and
     continuous (code: 1000 values); a pair shares noise and t, as the code (Eq. 2 does not say);
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
@@ -28,11 +28,9 @@ M prompts, N clips of each, P pairs (B in a step), L latent frames, C channels, 
 import copy
 import math
 import os
-import shlex
 import shutil
-import sys
 import time
-from collections import Counter, namedtuple
+from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -42,9 +40,10 @@ from tqdm import tqdm
 from data import read_pairs, read_prompts
 from evaluate import Judges, alarms, compare, held_out_clips, judged
 from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_for, check_settings,
-                        choose_device, choose_dtype, flag, generator, parse_flags, pick, read_json,
-                        read_jsonl, reading, relative_to_here, run_main, side_by_side,
-                        stop_on_signal, warn, whole_blocks, write_json, write_jsonl, write_report)
+                        choose_device, choose_dtype, command_line, flag, generator, parse_flags,
+                        pick, read_json, read_jsonl, reading, relative_to_here, run_main,
+                        side_by_side, stop_on_signal, warn, whole_blocks, write_json, write_jsonl,
+                        write_report)
 from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
 from lib.text import null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
@@ -75,9 +74,10 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
-    flag("--kl_weight", None, "weight of |v - old|^2, of pairs over half beta; none: crpo 0.4, "
-         "awm 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
-    flag("--safeguard", None, "hold on the losers, mu (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
+    flag("--kl_weight", None, "weight of |v - old|^2, for pairs in units of half x beta; none: "
+         "crpo 0.4, awm 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
+    flag("--safeguard", None, "mu: scales a loser's gradient down where it would raise the "
+         "winner's error; none: off (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
     flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1)", 0),
@@ -149,60 +149,60 @@ def two_velocities(flow, reference, xt, t, condition):
     return flow.velocity(xt, t, condition), old
 
 
-def draw_rows(data, positions, loss, seed, device):
+def draw_rows(data, positions, settings, seed, device):
     """Rows `positions` of endless epochs -> Batch of K B clips, advantages (B, K).
 
     A row's K clips share their prompt and t: a pair's winner and loser, a group, or one alone. The
     first clip of all rows comes first; a score that is asked for is dropped as in train_fm.py."""
     count, *shape = data["mean"].shape                                          # P, (K, L, C)
-    rows, draws = [], []
+    K = shape[0]
+    rows = []
+    draws = []
     for position in positions:
         rng = generator(seed, "pair", position)             # a row depends on these alone
-        rows.append(int(epoch_order(seed, position // count, count)[position % count]))
+        row = int(epoch_order(seed, position // count, count)[position % count])
         x0 = torch.randn(shape, generator=rng)                                  # (K, L, C)
-        if loss.shared_noise:
+        if settings.shared_noise:
             x0 = x0[:1].expand(shape)
-        if loss.t_distribution == "uniform":
+        if settings.t_distribution == "uniform":
             t = torch.rand(1, generator=rng)
         else:
-            t = logit_normal_t(1, rng, loss.t_mean)
-        drop_text = torch.rand(1, generator=rng) < loss.dropout
+            t = logit_normal_t(1, rng, settings.t_mean)
+        drop_text = torch.rand(1, generator=rng) < settings.dropout
         eps = torch.randn(shape, generator=rng)
-        drop_score = torch.rand(1, generator=rng) < loss.score_dropout
-        draws.append((x0, eps, t, drop_text, drop_score))
-    x0, eps, *rest = map(torch.stack, zip(*draws))
-    t, drop_text, drop_score = (tensor[:, 0].repeat(shape[0]) for tensor in rest)       # (K B,)
+        drop_score = torch.rand(1, generator=rng) < settings.score_dropout
+        x1 = data["mean"][row] + data["std"][row] * eps                         # (K, L, C)
+        rows.append(row)
+        draws.append((x1, x0, t.expand(K), drop_text.expand(K), drop_score.expand(K)))
+    # (K, B, ...) -> (K B, ...)
+    x1, x0, t, drop_text, drop_score = [torch.stack(part, 1).flatten(0, 1) for part in zip(*draws)]
     score = None
-    if loss.score is not None:
-        score = torch.where(drop_text | drop_score, null_score(t), loss.score)
-    x1 = data["mean"][rows] + data["std"][rows] * eps                           # (B, K, L, C)
-    x1, x0 = (each.transpose(0, 1).flatten(0, 1) for each in (x1, x0))          # (K B, L, C)
-    rows = torch.tensor(rows).repeat(shape[0])                                  # (K B,)
-    texts = data["text"][rows]
+    if settings.score is not None:
+        score = torch.where(drop_text | drop_score, null_score(t), settings.score)
+    texts = data["text"][rows].repeat(K)                                        # (K B,)
     mask = data["mask"][texts]
     size = mask.sum(1).max()                                                    # S
-    batch = (x1, x0, t, None, data["hidden"][texts, :size], mask[:, :size], data["duration"][rows],
-             drop_text, score)
-    advantage = data["advantage"][rows[:len(positions)]]                        # (B, K)
-    return Batch(*(part if part is None else part.to(device) for part in batch)), advantage
+    batch = Batch(x1, x0, t, None, data["hidden"][texts, :size], mask[:, :size],
+                  data["duration"][rows].repeat(K), drop_text, score)
+    return batch.to(device), data["advantage"][rows].to(device)
 
 
 def piece_loss(training, parameters, seed, count, positions):
     """What to log of some of a step's `count` rows, and their part of its gradients."""
-    flow, reference, encoder, data, loss, _, device, autocast = training
-    batch, advantage = draw_rows(data, positions, loss, seed, device)
+    flow, reference, encoder, data, settings, _, device, autocast = training
+    batch, advantage = draw_rows(data, positions, settings, seed, device)
     with torch.set_grad_enabled(len(parameters) > 0), autocast():
         condition = text_condition(encoder, batch)
-        if loss.loss == "grpo":                 # x_1 are paths
+        if settings.loss == "grpo":             # x_1 are paths
             xt, target, t = path_step(batch.x1, batch.t)
         else:
             t = batch.t
             xt, target = interpolate(batch.x1, batch.x0, t)
-        both = two_velocities(flow, reference, xt, t, condition)
-        mean, parts = LOSSES[loss.loss](*both, xt, target, t, advantage.to(device), loss)
-        part = mean * (len(positions) / count)
-        gradients = torch.autograd.grad(part, parameters) if parameters else []
-    return {"loss": mean.item(), **parts}, gradients
+        velocity, old = two_velocities(flow, reference, xt, t, condition)
+        loss, parts = LOSSES[settings.loss](velocity, old, xt, target, t, advantage, settings)
+        share = len(positions) / count
+        gradients = torch.autograd.grad(loss * share, parameters) if parameters else []
+    return {"loss": loss.item(), **parts}, gradients
 
 
 def loss_and_gradients(training, parameters, positions, seed):
@@ -212,7 +212,7 @@ def loss_and_gradients(training, parameters, positions, seed):
     pieces = [positions[i:i + size] for i in range(0, len(positions), size)]
     work = partial(piece_loss, training, parameters, seed, len(positions))
     cores = torch.get_num_threads() if training.device.type == "cpu" else 1
-    means, total = Counter(), []
+    means, total = defaultdict(float), []
     for first in range(0, len(pieces), cores):      # summed in order, whatever the number of cores
         some = pieces[first:first + cores]
         for piece, (parts, gradients) in zip(some, side_by_side(work, some, training.device)):
@@ -320,7 +320,8 @@ def draw_prompts(folder, pool, count, seed, iteration):
 def make_candidates(folder, model, rows, seed, sampler, save_clips):
     """candidates.safetensors: a latent for each row (M N, L, C); clip i is made from (seed, i).
     With grpo's sampler all states of it, (M N, steps + 1, L, C), the latent last."""
-    path, blocks = folder / "candidates.safetensors", []
+    path = folder / "candidates.safetensors"
+    blocks = []
     if path.is_file():
         return load_tensors(path)["latents"]
     for start in tqdm(range(0, len(rows), save_clips), "sampling", unit=f" x {save_clips}"):
@@ -338,7 +339,8 @@ def make_candidates(folder, model, rows, seed, sampler, save_clips):
 
 def score_candidates(folder, codec, rows, latents, scorers, origin, save_clips):
     """scores.jsonl: rows, `origin` (seed, policy), index, scores; scorers: {name: a CLAP, ...}."""
-    path, rate = folder / "scores.jsonl", codec.sampling_rate
+    path = folder / "scores.jsonl"
+    rate = codec.sampling_rate
     latents = latents[:, -1] if latents.ndim == 4 else latents              # of paths the end
     scored = whole_blocks(path, save_clips, len(rows))
     starts = range(len(scored), len(rows), save_clips)
@@ -414,13 +416,14 @@ def run(command="crpo.run(...)", **settings):
         # who is judged, on the same scenes: real ones, the base, every iteration, the result
         places = range(HELD_OUT, HELD_OUT + args.eval_prompts)
         clips, scenes = render_clips(World("val", pairs="all"), places)
-        found = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes)}
+        verdicts = {"real": judged(out / "real.safetensors", judges, lambda: clips, scenes)}
         clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-        found["base"] = judged(out / "base.safetensors", judges, clips_of, scenes)
+        verdicts["base"] = judged(out / "base.safetensors", judges, clips_of, scenes)
         warnings = []
 
         for k in range(1, args.iterations + 1):
-            folder, name = out / f"iteration_{k}", f"iteration {k}"
+            folder = out / f"iteration_{k}"
+            name = f"iteration {k}"
             source = out / "iteration_1" if args.offline else folder
             seed = args.seed * 1000 + k
             if not (folder / "report.json").is_file():
@@ -458,20 +461,20 @@ def run(command="crpo.run(...)", **settings):
                 write_json(folder / "report.json", {**losses, "pairs": len(rows)})
 
             # what the judges say of it
-            policy, before = str(folder), list(found.values())[-1]
+            before = verdicts[f"iteration {k - 1}" if k > 1 else "base"]
+            policy = str(folder)
             model = load_policy(policy, device, args.score_head, args.generation_batch, dtype)
             clips_of = partial(held_out_clips, model, scenes, config["noise"], sampler)
-            found[name] = judged(folder / "heard.safetensors", judges, clips_of, scenes)
-            warnings += alarms(name, read_json(folder / "report.json"), before, found[name])
-            paragraphs, numbers = compare(found, "base", draws=200)
+            verdicts[name] = judged(folder / "heard.safetensors", judges, clips_of, scenes)
+            warnings += alarms(name, read_json(folder / "report.json"), before, verdicts[name])
+            paragraphs, numbers = compare(verdicts, "base", draws=200)
             write_report(out, "crpo", "CRPO", command, [*paragraphs, *warnings], numbers)
         return numbers
 
 
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
-    words = sys.argv[1:] if argv is None else argv
-    run(f"python crpo.py {shlex.join(words)}", **vars(args))
+    run(command_line("crpo.py", argv), **vars(args))
     last = 1 if args.pairs else args.iterations
     before = relative_to_here(args.checkpoint)
     print(f"wrote {args.out}: crpo.md, a folder for each iteration\nnext: python "

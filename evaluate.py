@@ -5,7 +5,7 @@
     python evaluate.py --data sounds/captions.jsonl --prompts 16  # your captions and clips
 
 All sets answer the same prompts, models from the same noise (paper 4.3, Table 3), beside real
-scenes or a manifest's clips. --clips: folders whose sorted files answer OUT/prompts.jsonl.
+scenes or a manifest's clips. --clips: in name order, a folder's files answer OUT/prompts.jsonl.
 
 Who judges: the reward (the CLAP that ranked: it can be fooled), the judge (a CLAP that ranked
 nothing), the world's tagger (event F1, order, count, exact scenes); Frechet distance and KL to the
@@ -13,8 +13,6 @@ real clips on a second tagger's features and classes, for other sounds Frechet o
 Intervals: 95 %, resampled prompts, paired (not KL). N clips, K classes, W feature width, S seeds.
 """
 import math
-import shlex
-import sys
 import time
 import warnings
 from collections import namedtuple
@@ -26,9 +24,9 @@ import torch
 
 from data import DATA_FLAGS, SOUND_SUFFIXES, load_clip, read_rows
 from lib.audio import as_mono, fit_audio, listening_page, usable, write_clips
-from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device, flag,
-                        markdown, parse_flags, reading, relative_to_here, run_main, settings_key,
-                        write_jsonl, write_report)
+from lib.common import (ALIGNED, BASE, DEVICE, UserError, check_writable, choose_device,
+                        command_line, flag, markdown, parse_flags, reading, relative_to_here,
+                        run_main, settings_key, write_jsonl, write_report)
 from lib.text import number, tables
 from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
@@ -106,12 +104,12 @@ def bootstrap(statistic, count, draws=1000, seed=0):
 # ----------------------------------------------------------------------------- judging
 
 class Judges:
-    """Two CLAPs, `reward` and `clap`; two taggers, `tagger` (the truth), `ear`: in this order."""
+    """The CLAP that ranked, the one that judges, the world's tagger, and one for Frechet and KL."""
     def __init__(self, reward=REWARD, judge=JUDGE, tagger=BASE, device="cpu"):
         self.reward = load_reward(reward, device)
-        self.clap = load_clap(judge, device)
+        self.judge_clap = load_clap(judge, device)
         self.tagger = load_tagger(tagger, "judge", device)
-        self.ear = load_tagger(tagger, "features", device)
+        self.feature_tagger = load_tagger(tagger, "features", device)
 
     def judge(self, clips, asked, rate=SAMPLE_RATE):
         """{"reward", "judge": (N,), "features": (N, W)}, and of scenes {"tally", "logits": (N, K)}.
@@ -119,32 +117,32 @@ class Judges:
         clips: of scenes (N, 65536) at 16 kHz, of other prompts (N, samples) at `rate`."""
         prompts = [each.prompt for each in asked]
         audios = [clip[:int(each.duration * rate)] for clip, each in zip(clips, asked)]
-        embedded = self.clap.embed_audio(audios, rate)                         # (N, W)
-        found = {"reward": self.reward.scores(audios, rate, prompts),
-                 "judge": (embedded * self.clap.embed_text(prompts)).sum(1),
+        embedded = self.judge_clap.embed_audio(audios, rate)                         # (N, W)
+        verdict = {"reward": self.reward.scores(audios, rate, prompts),
+                 "judge": (embedded * self.judge_clap.embed_text(prompts)).sum(1),
                  "features": embedded,
                  "silent": [float(audio.abs().max() < SILENT) for audio in audios]}
         if isinstance(asked[0], Scene):
-            _, chances, _ = probabilities(self.ear, clips)                     # (N, K)
-            found["logits"] = chances.clamp(1e-6, 1 - 1e-6).logit()
-            found["features"] = features(self.ear, clips)                      # (N, W)
-            found["tally"] = tally_all(hear(self.tagger, clips), asked)
-        return {name: np.asarray(array) for name, array in found.items()}
+            _, chances, _ = probabilities(self.feature_tagger, clips)                     # (N, K)
+            verdict["logits"] = chances.clamp(1e-6, 1 - 1e-6).logit()
+            verdict["features"] = features(self.feature_tagger, clips)                      # (N, W)
+            verdict["tally"] = tally_all(hear(self.tagger, clips), asked)
+        return {name: np.asarray(array) for name, array in verdict.items()}
 
 
 def judged(path, judges, clips_of, scenes):
     """judges.judge(clips_of(), scenes), kept in the file `path`."""
     if not Path(path).is_file():
-        found = judges.judge(clips_of(), scenes)
-        save_tensors(path, {name: torch.from_numpy(array) for name, array in found.items()})
+        verdict = judges.judge(clips_of(), scenes)
+        save_tensors(path, {name: torch.from_numpy(array) for name, array in verdict.items()})
     return read_judged(path)
 
 
 def read_judged(path):
     """The arrays that `judged` kept in the file `path`."""
     with reading(path, "delete it: its clips are judged again"):
-        found = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
-    return {"silent": np.full(len(found["reward"]), np.nan), **found}       # of older runs: "-"
+        verdict = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+    return {"silent": np.full(len(verdict["reward"]), np.nan), **verdict}       # of older runs: "-"
 
 
 def measure(name, sets, real, rows):
@@ -158,10 +156,10 @@ def measure(name, sets, real, rows):
     return scores(sum(each["tally"][rows] for each in sets))[name]
 
 
-def summary(found, real):
+def summary(verdict, real):
     """{measure: number} of a judged set, in the order of MEASURES; real: the judged real clips."""
-    names = MEASURES if "tally" in found else ["reward", "judge", "frechet", "silent"]
-    return {name: float(measure(name, [found], real, slice(None))) for name in names}
+    names = MEASURES if "tally" in verdict else ["reward", "judge", "frechet", "silent"]
+    return {name: float(measure(name, [verdict], real, slice(None))) for name in names}
 
 
 def difference(name, aligned, base, real, rows):
@@ -209,14 +207,14 @@ def change_table(changes):
     return markdown(["clips", "measure", "difference (Frechet: ratio)", "95 %: from", "to"], rows)
 
 
-def compare(found, against, draws=1000, seed=0, pooled=()):
+def compare(verdicts, against, draws=1000, seed=0, pooled=()):
     """(tables, numbers) of judged sets {name: arrays}, "real" first; pooled: training seeds."""
-    real = found["real"]
-    summaries = {name: summary(each, real) for name, each in found.items()}
-    groups = {name: [found[name]] for name in found if name not in ("real", against)}
+    real = verdicts["real"]
+    summaries = {name: summary(each, real) for name, each in verdicts.items()}
+    groups = {name: [verdicts[name]] for name in verdicts if name not in ("real", against)}
     if len(pooled) > 1:
-        groups[f"all {len(pooled)} pooled"] = [found[name] for name in pooled]
-    base = found[against]
+        groups[f"all {len(pooled)} pooled"] = [verdicts[name] for name in pooled]
+    base = verdicts[against]
     changes = {name: gains(group, [base], real, draws, seed) for name, group in groups.items()}
     numbers = {f"{name} against {against}": change for name, change in changes.items()}
     note = f"Differences to {against}, over prompts ({FEWEST} or more for an interval):"
@@ -332,23 +330,22 @@ def main(argv=None):
 
     # every set is judged
     write_jsonl(out / "prompts.jsonl", [Asked(a.prompt, a.duration)._asdict() for a in asked])
-    found = {"real": judges.judge(real, asked, rate)}
+    verdicts = {"real": judges.judge(real, asked, rate)}
     pages = {"real": write_clips(out, 0, real, asked, rate)}
     for source in sources:
         clips = given.pop(source, None)
         if clips is None:
             clips, _ = sampled(load_model(source, device), asked, sampler, rate, samples)
         column = relative_to_here(source)
-        found[column] = judges.judge(clips, asked, rate)
+        verdicts[column] = judges.judge(clips, asked, rate)
         pages[column] = write_clips(out, len(pages), clips, asked, rate)
 
     # the report
     against, pooled = relative_to_here([args.against, args.checkpoint])
-    paragraphs, numbers = compare(found, against, args.draws, args.seed, pooled)
+    paragraphs, numbers = compare(verdicts, against, args.draws, args.seed, pooled)
     budget = (f"{len(asked)} prompts of {args.data or 'the world'}, the same noise for all models; "
               f"{args.steps} {args.solver} steps, guidance {args.guidance_scale:g}.")
-    words = sys.argv[1:] if argv is None else argv
-    command = f"python evaluate.py {shlex.join(words)}"
+    command = command_line("evaluate.py", argv)
     write_report(out, name, "Clips side by side", command, [budget, *paragraphs],
                  {"settings": vars(args), **numbers})
     for page, blind in (("listen.html", False), ("blind.html", True)):

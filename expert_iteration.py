@@ -58,7 +58,7 @@ FLAGS = {"what it starts from": [
     flag("--generation_batch", 32, "clips at a time", 1),
     flag("--save_clips", 64, "clips between two saves", 1),
     flag("--save_every", 100, "steps between two saves", 1), DTYPE, DEVICE]}
-FREE = {"rounds", "out", "device", "save_every", "debug"}       # a run may change them
+MAY_CHANGE = {"rounds", "out", "device", "save_every", "debug"}
 TRAINING = ("data", "score_column", "audio_dir", "cache", "oversample", "batch_size", "save_every",
             "dtype", "device")                  # flags of train_fm.py
 
@@ -116,7 +116,7 @@ def run(**settings):
         pool = prompt_pool(args.prompt_file, args.pool, args.prompts, config["max_duration"])
 
         # a run found in --out goes on under the same settings
-        wanted = {name: value for name, value in vars(args).items() if name not in FREE}
+        wanted = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         with reading(args.data, "python ranker.py writes a manifest with scores"):
             wanted |= {"policy": policy_hash(policy), "manifest": file_hash(args.data),
                        "code": code_hash()}

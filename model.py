@@ -17,6 +17,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,18 +60,7 @@ class ModelConfig:
         """The config in a dict; its other keys (vae, references) are left out. Raises UserError."""
         self = cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
         with reading("config.json", "take the config.json of a model folder"):
-            right = {"max_duration": 0 < self.max_duration <= 86400,
-                     "text_encoder_name": isinstance(self.text_encoder_name, str),
-                     "score_head": self.score_head in (None, *SCORE_HEADS)}
-            for name, field in cls.__dataclass_fields__.items():
-                low, high = (0, 1000) if "_layers" in name else (1, 100_000)
-                value = getattr(self, name)
-                whole = type(value) is int and low <= value <= high
-                if not right.get(name, field.type is not int or whole):
-                    raise ValueError(f"{name} is {value!r}")
-            axes = self.axes_dims_rope
-            if sum(axes) != self.attention_head_dim or any(a < 2 or a % 2 for a in axes):
-                raise ValueError("axes_dims_rope: even widths that add up to attention_head_dim")
+            check_config(self)
         return self
 
     def to_dict(self):
@@ -128,51 +118,6 @@ class DurationEmbedder(nn.Module):
         angles = 2 * math.pi * x * frequencies["weights"]                   # (B, 128)
         features = torch.cat([x, angles.sin(), angles.cos()], dim=-1)       # (B, 257)
         return linear(features.to(linear.bias.dtype))[:, None]              # (B, 1, T)
-
-
-class ScoreEmbed(nn.Module):
-    """A score's embedding e_s, and where it enters the network.
-
-    Second paper (Kim et al., "Improving Text-to-Music Generation with Human Preference Rewards",
-    III-B), whose code is not published: all but the five names of its Table I is our reading.
-    e_s: Fourier features at Gaussian frequencies (Tancik et al. 2020), cycles per deviation of the
-    training scores, and an MLP whose last layer starts at zero. No score (NaN): see `score_null`.
-    """
-
-    def __init__(self, config, width):
-        super().__init__()
-        self.config = config
-        each = config.num_layers + config.num_single_layers + 1             # blocks and output
-        self.outputs = each if config.score_head == "v4" else 1
-        self.register_buffer("frequencies", 0.5 * torch.randn(32))
-        self.linear_1 = nn.Linear(64, width)
-        self.linear_2 = nn.Linear(width, self.outputs * width)
-
-    def embed(self, score):
-        """score (B,), NaN = none -> e_s (B, 1, D), of v4 (B, M+1, D)."""
-        x = (score.float() - self.config.score_mean) / self.config.score_std
-        angles = 2 * math.pi * x.nan_to_num()[:, None] * self.frequencies   # (B, 32)
-        features = torch.cat([angles.sin(), angles.cos()], dim=-1)          # (B, 64)
-        hidden = F.silu(self.linear_1(features.to(self.linear_1.bias.dtype)))
-        embedded = self.linear_2(hidden).unflatten(-1, (self.outputs, -1))
-        if self.config.score_null == "zero":
-            embedded = embedded.masked_fill(score.isnan()[:, None, None], 0.0)
-        return embedded
-
-    def forward(self, score, text, audio, tembs, mask):
-        """text (B, S, D), audio (B, L, D), tembs [global condition (B, D)], mask (B, S) or None."""
-        head = self.config.score_head
-        embedded = self.embed(score.to(text.device))                        # (B, 1 or M+1, D)
-        if head in ("v1", "v4"):        # added to the global condition; v4: one e_s for each block
-            tembs = [tembs[0] + own for own in embedded.unbind(1)]          # 1 or M+1 of (B, D)
-        if head == "v2":                # added to every audio latent
-            audio = audio + embedded                                        # (B, L, D)
-        if head == "v3":                # one more token before the audio, also without a score
-            audio = torch.cat([embedded.to(audio.dtype), audio], dim=1)     # (B, 1+L, D)
-        if head == "v5":                # one more token before the text, also without a score
-            text = torch.cat([embedded.to(text.dtype), text], dim=1)        # (B, 1+S, D)
-            mask = with_visible(mask, 1, 0)
-        return text, audio, tembs, mask
 
 
 def with_visible(mask, before, after):
@@ -254,11 +199,6 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def gated(x, shift, scale, gate, branch):
-    """x (B, N, D) + gate * branch(modulated x)."""
-    return torch.addcmul(x, gate, branch(modulate(x, shift, scale)))
-
-
 def feed_forward(width):
     """Linear, GELU (tanh), Linear; 4x wide, under diffusers' names net.0.proj and net.2."""
     wide = chain(proj=nn.Linear(width, 4 * width), act=nn.GELU("tanh"))
@@ -276,18 +216,20 @@ class DoubleBlock(nn.Module):
 
     def forward(self, text, audio, silu_temb, rope, visible):
         # modulations, (B, 1, D) each: three around attention, three around the MLP
-        shift, scale, gate, *around_mlp = self.norm1(silu_temb).unbind(1)
-        text_modulations = self.norm1_context(silu_temb).unbind(1)
-        text_shift, text_scale, text_gate, *around_text_mlp = text_modulations
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(silu_temb).unbind(1)
+        (text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale,
+         text_mlp_gate) = self.norm1_context(silu_temb).unbind(1)
         text_in = modulate(text, text_shift, text_scale)                    # (B, S, D)
         audio_in = modulate(audio, shift, scale)                            # (B, L, D)
         x = self.attn(audio_in, rope, visible, text_in)                     # (B, N, D)
         text_out, audio_out = x.tensor_split([text.shape[1]], dim=1)        # (B, S|L, D)
-        audio = torch.addcmul(audio, gate, self.attn.to_out[0](audio_out))
+        audio = torch.addcmul(audio, gate, self.attn.to_out[0](audio_out))  # audio + gate * out
         text = torch.addcmul(text, text_gate, self.attn.to_add_out(text_out))
 
-        audio = gated(audio, *around_mlp, self.ff)                          # (B, L, D)
-        text = gated(text, *around_text_mlp, self.ff_context)               # (B, S, D)
+        audio_out = self.ff(modulate(audio, mlp_shift, mlp_scale))          # (B, L, D)
+        audio = torch.addcmul(audio, mlp_gate, audio_out)
+        text_out = self.ff_context(modulate(text, text_mlp_shift, text_mlp_scale))
+        text = torch.addcmul(text, text_mlp_gate, text_out)                 # (B, S, D)
         return text, audio
 
 
@@ -308,6 +250,51 @@ class SingleBlock(nn.Module):
         wide = self.act_mlp(self.proj_mlp(h))                               # (B, N, 4D)
         hidden = torch.cat([attended, wide], dim=-1)                        # (B, N, 5D)
         return torch.addcmul(x, gate, self.proj_out(hidden))                # (B, N, D)
+
+
+class ScoreEmbed(nn.Module):
+    """A score's embedding e_s, and where it enters the network.
+
+    Second paper (Kim et al., "Improving Text-to-Music Generation with Human Preference Rewards",
+    III-B), whose code is not published: all but the five names of its Table I is our reading.
+    e_s: Fourier features at Gaussian frequencies (Tancik et al. 2020), cycles per deviation of the
+    training scores, and an MLP whose last layer starts at zero. No score (NaN): see `score_null`.
+    """
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.config = config
+        each = config.num_layers + config.num_single_layers + 1             # blocks and output
+        self.outputs = each if config.score_head == "v4" else 1
+        self.register_buffer("frequencies", 0.5 * torch.randn(32))
+        self.linear_1 = nn.Linear(64, width)
+        self.linear_2 = nn.Linear(width, self.outputs * width)
+
+    def embed(self, score):
+        """score (B,), NaN = none -> e_s (B, 1, D), of v4 (B, M+1, D)."""
+        x = (score.float() - self.config.score_mean) / self.config.score_std
+        angles = 2 * math.pi * x.nan_to_num()[:, None] * self.frequencies   # (B, 32)
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1)          # (B, 64)
+        hidden = F.silu(self.linear_1(features.to(self.linear_1.bias.dtype)))
+        embedded = self.linear_2(hidden).unflatten(-1, (self.outputs, -1))
+        if self.config.score_null == "zero":
+            embedded = embedded.masked_fill(score.isnan()[:, None, None], 0.0)
+        return embedded
+
+    def forward(self, score, text, audio, tembs, mask):
+        """text (B, S, D), audio (B, L, D), tembs [global condition (B, D)], mask (B, S) or None."""
+        head = self.config.score_head
+        embedded = self.embed(score.to(text.device))                        # (B, 1 or M+1, D)
+        if head in ("v1", "v4"):        # added to the global condition; v4: one e_s for each block
+            tembs = [tembs[0] + own for own in embedded.unbind(1)]          # 1 or M+1 of (B, D)
+        if head == "v2":                # added to every audio latent
+            audio = audio + embedded                                        # (B, L, D)
+        if head == "v3":                # one more token before the audio, also without a score
+            audio = torch.cat([embedded.to(audio.dtype), audio], dim=1)     # (B, 1+L, D)
+        if head == "v5":                # one more token before the text, also without a score
+            text = torch.cat([embedded.to(text.dtype), text], dim=1)        # (B, 1+S, D)
+            mask = with_visible(mask, 1, 0)
+        return text, audio, tembs, mask
 
 
 class FluxTransformer(nn.Module):
@@ -346,17 +333,13 @@ class FluxTransformer(nn.Module):
         frames = latents.shape[1]
         tokens = text.shape[1] + audio.shape[1] - frames                        # N - L
         rope = rope_tables(tokens, frames, self.axes, text.device)              # (N, A) twice
-        double = len(self.transformer_blocks)
-        blocks = double + len(self.single_transformer_blocks)
-        tembs = [F.silu(temb) for temb in tembs]
-        if len(tembs) == 1:                         # one condition for all blocks and the output
-            tembs = tembs * (blocks + 1)
-        for block, temb in zip(self.transformer_blocks, tembs):
-            text, audio = block(text, audio, temb, rope, mask)                  # (B, S|L, D)
+        tembs = cycle([F.silu(temb) for temb in tembs])     # one for all, or (v4) one for each use
+        for block in self.transformer_blocks:
+            text, audio = block(text, audio, next(tembs), rope, mask)           # (B, S|L, D)
         x = torch.cat([text, audio], dim=1)                                     # (B, N, D)
-        for block, temb in zip(self.single_transformer_blocks, tembs[double:]):
-            x = block(x, temb, rope, mask)                                      # (B, N, D)
-        scale, shift = self.norm_out(tembs[-1]).unbind(1)       # this order, unlike in the blocks
+        for block in self.single_transformer_blocks:
+            x = block(x, next(tembs), rope, mask)                               # (B, N, D)
+        scale, shift = self.norm_out(next(tembs)).unbind(1)     # this order, unlike in the blocks
         return self.proj_out(modulate(x[:, -frames:], shift, scale))            # (B, L, C)
 
 
@@ -420,6 +403,23 @@ def with_score_head(flow, head, null="zero", mean=0.0, std=1.0, seed=0):
 
 
 # ----------------------------------------------------------------------------- model folders
+
+def check_config(config):
+    """ValueError or TypeError for a ModelConfig with a field out of range."""
+    right = {"max_duration": 0 < config.max_duration <= 86400,
+             "text_encoder_name": isinstance(config.text_encoder_name, str),
+             "score_head": config.score_head in (None, *SCORE_HEADS)}
+    for name, field in config.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if field.type is int:                           # a bool is no number here
+            low, high = (0, 1000) if "_layers" in name else (1, 100_000)
+            right[name] = type(value) is int and low <= value <= high
+        if not right.get(name, True):
+            raise ValueError(f"{name} is {value!r}")
+    axes = config.axes_dims_rope
+    if sum(axes) != config.attention_head_dim or any(a < 2 or a % 2 for a in axes):
+        raise ValueError("axes_dims_rope: even widths that add up to attention_head_dim")
+
 
 def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", "text")):
     """Read a model folder or hub id -> namespace .flow .codec .text .config .folder.

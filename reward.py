@@ -141,8 +141,8 @@ class UserReward(nn.Module):
         self.name = name
         path, _, function = name.rpartition(":")
         with reading(path, f"it must define {function}(audios, rate, prompts)"):
-            code = bytearray(Path(path).read_bytes())
-            self.register_buffer("code", torch.frombuffer(code, dtype=torch.uint8))     # its hash
+            code = bytearray(Path(path).read_bytes())           # module_hash sees it
+            self.register_buffer("code", torch.frombuffer(code, dtype=torch.uint8))
             self.function = runpy.run_path(path)[function]
 
     def scores(self, audios, sampling_rate, prompts):

@@ -13,7 +13,6 @@ made from (seed, i) (there: every prompt the same; --noise official); no row see
 As there: all frames are made, the audio is cut to int(duration * rate) samples (30 s last 29.95).
 B batch, L latent frames, C latent channels, S text tokens, T text width.
 """
-import importlib
 import math
 from functools import partial
 from itertools import pairwise
@@ -34,6 +33,7 @@ from lib.text import (concat_conditions, encode_prompts, moved, null_condition, 
                       warn_of_unknown_words, well_formed)
 from lib.weights import code_hash, model_folder, module_hash, policy_hash, resolve, weights_hash
 from model import ModelConfig, load_model
+from reward import load_reward
 from vae import codec_place
 from world.scenes import fitting_seconds, sounds_named
 from world.sounds import CLIP_SAMPLES, EVENT_NAMES, SAMPLE_RATE
@@ -203,11 +203,11 @@ def sample_latents(model, prompts, durations, seed=0, indices=None, sampling=Sam
         indices = range(len(prompts)) if indices is None else indices
         noise = noise_for(seed, indices, (flow.config["audio_seq_len"], flow.config["in_channels"]))
     device = next(flow.parameters()).device
-    parts = torch.get_num_threads() if device.type == "cpu" else 1      # of a batch, side by side
+    cores = torch.get_num_threads() if device.type == "cpu" else 1      # each samples some rows
     pieces = []
     for (condition, null), x0 in zip(conditions, noise.split(batch_size)):      # (B, L, C), t = 1
-        for rows in torch.arange(len(x0)).chunk(parts):
-            null_rows = null and moved(null, device, rows)
+        for rows in torch.arange(len(x0)).chunk(cores):
+            null_rows = None if null is None else moved(null, device, rows)
             pieces.append((moved(condition, device, rows), null_rows, x0[rows].to(device)))
     latents = side_by_side(partial(solve, model, sampling, progress), pieces, device)
     return torch.cat(latents)       # made outside of inference_mode: usable as training data
@@ -284,13 +284,6 @@ def default_duration(max_duration):
     return min(10.0, float(math.floor(max_duration)) or max_duration)
 
 
-def load_scores(name, device):
-    """The function scores(audios, rate, prompts) -> (N,) that --reward names, and a hash of it."""
-    # by its name: who reads how a clip is sampled needs no reward.py, which is for --best_of alone
-    reward = importlib.import_module("reward").load_reward(name, device)
-    return reward.scores, module_hash(reward)
-
-
 def best_audio(scores, audios, rate, prompt):
     """The best of a prompt's candidates by reward (paper A.3); all NaN: the first."""
     rewards = torch.as_tensor(scores(audios, rate, [prompt] * len(audios)))     # (N,)
@@ -340,12 +333,13 @@ def main(argv=None):
     # the files that they will be, and what they depend on
     paths = output_paths(args.output, [row["prompt"] for row in rows])
     check_writable(*paths)
-    scores, ranker = load_scores(args.reward, device) if args.best_of > 1 else (None, None)
+    reward = load_reward(args.reward, device) if args.best_of > 1 else None
     made_from = {name: relative_to_here(getattr(args, name)) for name in MADE_FROM}
     made_from["negative_prompt"] = args.negative_prompt and well_formed(args.negative_prompt)
     made_from |= {"dtype": str(dtype), "checkpoint": policy_hash(folder), "code": code_hash(),
                   "codec": weights_hash(codec_place(folder)[0], "vae.safetensors"),
-                  "text encoder": text_hash(folder, config.text_encoder_name), "ranked by": ranker}
+                  "text encoder": text_hash(folder, config.text_encoder_name),
+                  "ranked by": reward and module_hash(reward)}
     places = []                                                     # (path, is it there, record)
     for number, (path, row) in enumerate(zip(paths, rows)):
         index = args.first_index + number * args.best_of
@@ -366,10 +360,11 @@ def main(argv=None):
         noise = official_noise(args.seed, [copies] * (len(rows) // copies), shape)      # (B, L, C)
     prompts, durations = zip(*[(row["prompt"], row["duration"]) for row in rows])
     indices = range(args.first_index, args.first_index + len(rows))
-    made = prompts_to_audio(folder, prompts, durations, args.seed, indices, pick(Sampling, args),
-                            args.batch_size, noise, device, dtype, args.max_text_length, done)
+    made = () if all(done) else prompts_to_audio(
+        folder, prompts, durations, args.seed, indices, pick(Sampling, args), args.batch_size,
+        noise, device, dtype, args.max_text_length, done)
     candidates = []
-    for row, audio, rate in made if not all(done) else ():
+    for row, audio, rate in made:
         number, candidate = divmod(row, args.best_of)
         path, is_there, record = places[number]
         candidates = [*candidates, audio] if candidate else [audio]
@@ -378,7 +373,7 @@ def main(argv=None):
 
         # the best candidate, at one loudness, is written
         if args.best_of > 1:
-            audio = best_audio(scores, candidates, rate, record["prompt"])
+            audio = best_audio(reward.scores, candidates, rate, record["prompt"])
         path, _ = place_of(path, record)                    # another command may have taken it
         if args.lufs is not None:
             audio = normalise_loudness(audio, rate, args.lufs, args.true_peak)[0]

@@ -13,8 +13,8 @@ Where paper and official code differ, we do this:
   - the text encoder is frozen (paper; or --train_text), its dropout off (official: by accident on);
   - t is logit-normal(0.8, 1), nearer to noise (paper: mean 0), and continuous (official: a grid);
   - Muon trains the blocks' matrices of a new toy flow, AdamW the rest (both: AdamW for all);
-  - a row without text gets T5(""), guidance's null, keeps its duration (official: zeros for both)
-    and loses its score, as the null of joint guidance (second paper, Eq. 2);
+  - a row whose text is dropped gets guidance's null condition: T5("") as text, its own duration
+    (official: zeros for both) and no score (joint guidance: second paper, Eq. 2);
   - text padding is hidden from attention, weight decay spares vectors, gradients are clipped.
 B batch, L latent frames, C latent channels, S text tokens, T text width.
 """
@@ -143,24 +143,27 @@ class Batch(NamedTuple):
     hidden: torch.Tensor | None         # (B, S, T) of a frozen encoder; None: ids are encoded
     mask: torch.Tensor                  # (B, S) bool, real tokens
     duration: torch.Tensor              # (B,) seconds
-    dropped: torch.Tensor               # (B,) bool, rows that lose their text
+    drop_text: torch.Tensor             # (B,) bool, rows that lose their text
     score: torch.Tensor | None = None   # (B,) NaN = none; None: a flow without scores
+
+    def to(self, device):
+        return Batch(*[part if part is None else part.to(device) for part in self])
 
 
 def text_condition(encoder, batch, null="empty_prompt"):
     """Condition of a batch; dropped rows get T5("") padded to their own length, as in guidance."""
     lengths = batch.mask.sum(1)                                                 # (B,)
     null_ids, null_mask, null_visible = null_tokens(lengths)                    # (B, S)
-    dropped = batch.dropped[:, None] & (null == "empty_prompt")                 # (B, 1)
-    pooled_mask = torch.where(dropped, null_mask, batch.mask)                   # (B, S)
-    visible = torch.where(dropped, null_visible, batch.mask)                    # (B, S)
+    is_null = batch.drop_text[:, None] & (null == "empty_prompt")               # (B, 1)
+    pooled_mask = torch.where(is_null, null_mask, batch.mask)                   # (B, S)
+    visible = torch.where(is_null, null_visible, batch.mask)                    # (B, S)
     if batch.hidden is None:
-        ids = torch.where(dropped, null_ids, batch.ids)
+        ids = torch.where(is_null, null_ids, batch.ids)
         hidden = encoder.encode(ids, pooled_mask)                               # (B, S, T)
     else:
         longest = lengths.argmax()[None]    # every null row is a prefix of the longest one
         null_hidden = encoder.encode(null_ids[longest], null_mask[longest]).to(batch.hidden.dtype)
-        hidden = torch.where(dropped[..., None], null_hidden, batch.hidden)     # (B, S, T)
+        hidden = torch.where(is_null[..., None], null_hidden, batch.hidden)     # (B, S, T)
     return Condition(hidden, visible, pooled_mask, batch.duration, batch.score)
 
 
@@ -170,7 +173,7 @@ def batch_loss(flow, encoder, batch, null="empty_prompt"):
     condition = text_condition(encoder, batch, null)
     text, *rest = flow.condition_inputs(condition)                              # (B, S+1, T)
     if null == "official_zeros":            # of text AND duration token, not of the pooled text
-        text = text * ~batch.dropped[:, None, None]
+        text = text * ~batch.drop_text[:, None, None]
     velocity = flow.transformer(xt, batch.t, text, *rest)                       # (B, L, C)
     return flow_matching_loss(velocity, target)
 
@@ -186,17 +189,17 @@ def noise_of(rngs, shape):
     return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
 
 
-def collate(data, codec, chosen, eps, x0, t, dropped, lost):
-    """Rows `chosen` (B,) of the cache, with their noise, t, lost texts, lost scores -> Batch."""
-    mean, std, *text = gather(data, chosen)
+def collate(data, codec, chosen, eps, x0, t, drop_text, drop_score):
+    """Rows `chosen` (B,) of the cache, with their noise, t, and what each loses -> Batch."""
+    mean, std, ids, hidden, mask, duration = gather(data, chosen)
     x1 = mean + std * eps                           # a sample of the codec's posterior (B, L, C)
     score = None
     if data.scores is not None:
         score = data.scores[chosen]                                             # (B,)
-        score = torch.where(dropped | lost, null_score(score), score)
+        score = torch.where(drop_text | drop_score, null_score(score), score)
     device = codec.latent_mean.device
-    parts = [part if part is None else part.to(device) for part in (x0, t, *text, dropped, score)]
-    return Batch(codec.normalise(x1.to(device)), *parts)
+    batch = Batch(x1, x0, t, ids, hidden, mask, duration, drop_text, score).to(device)
+    return batch._replace(x1=codec.normalise(batch.x1))
 
 
 def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_std=1.0, t_grid=None,
@@ -211,8 +214,9 @@ def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_s
     x0 = noise_of(rngs, shape)
     t = torch.cat([logit_normal_t(1, rng, t_mean, t_std, t_grid) for rng in rngs])
     draws = torch.stack([torch.rand(2, generator=rng) for rng in rngs])         # (B, 2)
-    dropped, lost = (draws < torch.tensor([dropout, score_dropout])).T
-    return collate(data, codec, np.array(chosen), eps, x0, t, dropped, lost)
+    drop_text = draws[:, 0] < dropout
+    drop_score = draws[:, 1] < score_dropout
+    return collate(data, codec, np.array(chosen), eps, x0, t, drop_text, drop_score)
 
 
 def validation_batches(data, codec, count, size=64):
@@ -223,9 +227,12 @@ def validation_batches(data, codec, count, size=64):
     order = torch.randperm(n, generator=generator("validation", "t"))
     t = torch.special.ndtri((torch.arange(n) + 0.5) / n).sigmoid()[order]
     rngs = [generator("validation", i) for i in range(n)]
-    draws = noise_of(rngs, shape), noise_of(rngs, shape), t, *torch.zeros(2, n, dtype=torch.bool)
-    for i in range(0, n, size):
-        yield collate(data, codec, rows[i:i + size], *[draw[i:i + size] for draw in draws])
+    eps = noise_of(rngs, shape)
+    x0 = noise_of(rngs, shape)
+    none = torch.zeros(n, dtype=torch.bool)         # no row loses its text or score
+    for start in range(0, n, size):
+        own = slice(start, start + size)
+        yield collate(data, codec, rows[own], eps[own], x0[own], t[own], none[own], none[own])
 
 
 @torch.no_grad()
@@ -398,19 +405,21 @@ def train_in(out, args):
         trim_log(out, step or -1)                       # a new run writes its own row of step 0
         print(f"{len(data.rows)} training clips; step {step} of {args.steps}")
 
-    out_of_time, losses = torch.zeros(1, device=device), []
+    losses = []             # since the last row of the log
+    last_step = {}          # its rate and gradient norm
+    out_of_time = torch.zeros(1, device=device)     # a tensor: all processes stop at once
     bar = tqdm(None, "training", args.steps, initial=step, disable=rank > 0 or None)
     with stop_on_signal() as stopped:
         while True:
             last = step >= args.steps or bool(out_of_time)
             # log the steps since the last row; at a save, too, because a resume knows none of them
-            validates = last and not stopped or step % args.val_every == 0
+            validates = (last and not stopped) or step % args.val_every == 0
             saves = last or step % args.save_every == 0
             logs = validates or saves or step % args.log_every == 0
             if rank == 0 and (losses or step == 0) and logs:
                 row = {"step": step, "minutes": minutes}
                 if losses:
-                    row |= {"loss": float(np.mean(losses)), "lr": rate, "grad_norm": norm}
+                    row |= {"loss": float(np.mean(losses)), **last_step}
                 if validates:
                     row |= validate(flow, encoder, grid, autocast)
                     with weights_replaced(parameters, averages[""]):
@@ -453,6 +462,7 @@ def train_in(out, args):
             # clip, step, average
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip or math.inf).item()
             losses.append(loss.item())
+            last_step = {"lr": rate, "grad_norm": norm}
             if not math.isfinite(losses[-1] + norm):
                 reason = f"loss {losses[-1]:g}, gradient norm {norm:g}"
                 raise UserError(f"step {step}: {reason}; lower --learning_rate")

@@ -8,6 +8,7 @@ A codec has sampling_rate, audio_channels, hop (samples of a latent frame), late
     encode(audio (B, channels, samples)) -> mean, std (B, L, C) raw   decode(latents) -> audio
     normalise(latents), denormalise(latents)         what the flow is trained on and makes
     example(audio), losses(examples, generator)      log-mels or audio, {name of a part: scalar}
+    start(examples), finish(examples)                what is measured before and after training
 The mel codec (lib/mel.py) is the second paper's, small; Oobleck (lib/oobleck.py) the first paper's.
 B batch, L latent frames, C latent channels, N examples of R rows and T columns.
 """
@@ -169,7 +170,7 @@ def load_examples(codec, clips, most):
 
 
 def draw_batch(examples, size, length, multiple, random):
-    """Crops (size, R, length or less) of examples (N, R, T), from multiples of `multiple` on."""
+    """Crops (size, R, length or less) of examples (N, R, T), each from a multiple of `multiple`."""
     length = min(length, examples.shape[-1])
     places = (examples.shape[-1] - length) // multiple + 1
     index = torch.randint(len(examples), (size,), generator=random)
@@ -202,7 +203,7 @@ def validate(codec, examples, weights):
 
 
 def train(args, codec, optimizer, examples, held_out, settings, step, minutes):
-    """Steps `step` to the last, or until time is over; `minutes`: spent before -> steps done."""
+    """Train from `step` to the last, or --max_minutes -> steps done; minutes: spent before."""
     device = codec.latent_mean.device
     autocast = autocast_for(args.dtype, device)
     weights = {"kl": args.kl_weight, "waveform": args.waveform_weight}

@@ -14,8 +14,6 @@ decoder of this repository. Wall-clock seconds; ratios are medians over rounds.
 B pairs of a step, L latent frames, C latent channels.
 """
 import math
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,8 +24,8 @@ from tqdm import tqdm
 import crpo
 from bench.official import Clock, comparison
 from lib.audio import fit_audio, read_audio, write_wav
-from lib.common import (BASE, check_writable, choose_dtype, flag, markdown, parse_flags, pick,
-                        run_main, write_report)
+from lib.common import (BASE, check_writable, choose_dtype, command_line, flag, markdown,
+                        parse_flags, pick, run_main, write_report)
 from lib.losses import pair_loss, with_defaults
 from lib.text import concat_conditions, encode_prompts, null_condition
 from lib.weights import make_optimizer, set_rate, trainable
@@ -51,7 +49,8 @@ STAGES = ("generate", "decode and score", "train", "whole iteration")
 def ours(folder, model, clap, prompts, settings, steps):
     """An iteration as crpo.py runs it -> {stage: seconds}. Its training saves as always."""
     clock = Clock()
-    count, block = settings.num_samples, settings.save_clips
+    count = settings.num_samples
+    block = settings.save_clips
     rows = [row for row in prompts for _ in range(count)]
     sampler = sampler_of(settings)
     latents = crpo.make_candidates(folder, model, rows, 0, sampler, block)
@@ -176,9 +175,8 @@ def main(argv=None):
             f"training steps of {settings.batch_size} pairs, {torch.get_num_threads()} threads. "
             f"Seconds, medians of {args.repeats} rounds; x: times ours, with the range.")
     table = markdown(["way", *STAGES], comparison(runs, STAGES))
-    words = sys.argv[1:] if argv is None else argv
-    command = f"python -m bench.crpo {shlex.join(words)}"
     title = "An iteration of CRPO against the official way of driving the same model"
+    command = command_line("-m bench.crpo", argv)
     write_report(args.out, "bench_crpo", title, command, [text, table], {"runs": runs})
     print("next: python crpo.py runs it")
 

@@ -9,8 +9,6 @@ memory or caches. Weights are random, because speed does not depend on them, and
 a folder in the official layout; --checkpoint takes one with real weights (and T5 in text_encoder/).
 Needs diffusers, an extra. Letters: L latent frames, C latent channels.
 """
-import shlex
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -19,8 +17,8 @@ from pathlib import Path
 import torch
 
 from bench.official import Clock, Official, comparison, vae_of
-from lib.common import (check_writable, flag, markdown, need, parse_commands, read_json, run_main,
-                        write_report)
+from lib.common import (check_writable, command_line, flag, markdown, need, parse_commands,
+                        read_json, run_main, write_report)
 from lib.fast import quicken, quicken_codec
 from lib.oobleck import Oobleck
 from lib.text import make_text_encoder
@@ -205,8 +203,7 @@ def main(argv=None):
             "times the official one, by rounds, with the range. Seconds; peak and extra (memory "
             "beyond what was there before) in GB. Difference: largest of the audio to the official "
             "one, over its largest sample (same weights and noise).")
-    words = sys.argv[1:] if argv is None else argv
-    command = f"python -m bench.full_size {shlex.join(words)}"
+    command = command_line("-m bench.full_size", argv)
     write_report(args.out, f"bench_{args.command}", f"Full size: {COMMANDS[args.command][0]}",
                  command, [text, markdown(["way", *measures, "difference"], rows)], {"runs": runs})
     print("next: python sample.py --checkpoint FOLDER runs it")

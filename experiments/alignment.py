@@ -14,9 +14,7 @@ tested: see evaluate.py. `room` and `methods` run crpo.py in --runs and go on wh
 The truth as the reward is a diagnosis, no method: it tells what the reward overlooks from what the
 loss does not carry over. Letters: M prompts, N clips of each, S seeds.
 """
-import shlex
 import shutil
-import sys
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +27,8 @@ from evaluate import (FLAGS, MEASURES, Judges, Sampler, as_clips, bootstrap, cha
 from experiments.models import (best_of, best_of_table, candidates_of, guidance, recovered,
                                 short_name, silent, truth)
 from lib.common import (ALIGNED, BASE, CLEAN, UserError, check_writable, choose_device,
-                        choose_dtype, flag, markdown, parse_commands, picture, read_json,
-                        read_jsonl, run_main, write_jsonl, write_report)
+                        choose_dtype, command_line, flag, markdown, parse_commands, picture,
+                        read_json, read_jsonl, run_main, write_jsonl, write_report)
 from lib.text import number
 from lib.weights import load_tensors
 from model import load_model
@@ -365,9 +363,8 @@ def main(argv=None):
     paragraphs, numbers = TABLES[args.command](judges=judges, sampler=sampler,
                                                loop={**loop, "save_clips": 256},
                                                **{**flags, "device": device})
-    words = sys.argv[1:] if argv is None else argv
-    command = f"python -m experiments.alignment {shlex.join(words)}"
     title, _ = COMMANDS[args.command]
+    command = command_line("-m experiments.alignment", argv)
     write_report(args.out, args.command, title, command, paragraphs,
                  {"settings": vars(args), **numbers})
     print("next: python evaluate.py compares an aligned model with its base")

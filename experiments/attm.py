@@ -13,8 +13,6 @@ judge met nothing that generates), event recall and order, the Frechet distance 
 Tests: mean over training seeds, paired over prompts, 95 % intervals of resampled prompts (paper:
 paired t). In brackets behind a mean: its range over training seeds. N test prompts, D features.
 """
-import shlex
-import sys
 from collections import namedtuple
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +25,9 @@ import expert_iteration
 import train_fm
 from evaluate import Judges, Sampler, bootstrap, frechet_distance, number, sampled, tables
 from lib.audio import fit_audio, read_audio
-from lib.common import (BASE, CLEAN, DEVICE, check_settings, check_writable, choose_device, flag,
-                        parse_commands, read_json, read_jsonl, reading, run_main, write_json,
-                        write_report)
+from lib.common import (BASE, CLEAN, DEVICE, check_settings, check_writable, choose_device,
+                        command_line, flag, parse_commands, read_json, read_jsonl, reading,
+                        run_main, write_json, write_report)
 from lib.mel import MEL_16K, LogMel
 from model import SCORE_HEADS, load_model, with_score_head
 from ranker import TrainedRanker
@@ -283,7 +281,7 @@ class Lab:
             audio = read_audio(folder / row["audio"], SAMPLE_RATE, 1)
             clips.append(fit_audio(audio, CLIP_SAMPLES, "start"))
         clips = torch.cat(clips)                                                # (N, 65536)
-        x = np.hstack([features(self.panel.ear, clips), low_band(clips)])       # (N, D)
+        x = np.hstack([features(self.panel.feature_tagger, clips), low_band(clips)])       # (N, D)
         hums = np.array([row["hum"] for row in rows])
         meter = ridge(x[HELD_OUT:], hums[HELD_OUT:])
         return meter, spearman(meter(x[:HELD_OUT]), hums[:HELD_OUT])
@@ -402,8 +400,7 @@ def main(argv=None):
         paragraphs.append(f"hum: a ridge regression, {lab.hum_meter[1]:.2f} on held-out clips.")
 
     # report
-    words = sys.argv[1:] if argv is None else argv
-    command = f"python -m experiments.attm {shlex.join(words)}"
+    command = command_line("-m experiments.attm", argv)
     write_report(out, name, entry.title, command, paragraphs,
                  {"settings": vars(args), "verdict": sentence, **found})
     print("next: python -m experiments.attm --help lists the other entries")

@@ -168,7 +168,7 @@ def recovered(judges, device, sampler, base, clean, aligned, control, scales, pr
             judged = judges.judge(clips, scenes)
             models[kind].append(judged)
             summaries[f"{kind} {place}"] = summary(judged, real)
-            heard = scores(tally_all(hear(judges.ear, clips), scenes))
+            heard = scores(tally_all(hear(judges.feature_tagger, clips), scenes))
             others.append([f"{kind} {place}", *[number(heard[name], 3) for name in SHARES[1:]]])
 
     # differences, and what is recovered

@@ -9,8 +9,6 @@
 The judge (world/ears.py) hears the clips: no training and no choice of samples has seen it. In
 brackets: 95 % intervals over prompts. Letters: N clips, B batch, L latent frames, C channels.
 """
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +17,8 @@ import torch
 import evaluate
 from evaluate import Sampler, as_clips, bootstrap, number, sampled, tables
 from lib.audio import resample
-from lib.common import (BASE, CLEAN, check_writable, choose_device, flag, parse_commands, run_main,
-                        write_report)
+from lib.common import (BASE, CLEAN, check_writable, choose_device, command_line, flag,
+                        parse_commands, run_main, write_report)
 from lib.mel import MEL_16K, LogMel, griffin_lim, log_mel_error
 from lib.text import encode_prompts
 from model import load_model
@@ -235,9 +233,8 @@ def main(argv=None):
 
     # one table
     note, heads, rows = TABLES[args.command](model, judge, sampler, **vars(args))
-    words = sys.argv[1:] if argv is None else argv
-    command = f"python -m experiments.toy {shlex.join(words)}"
     title, _ = COMMANDS[args.command]
+    command = command_line("-m experiments.toy", argv)
     write_report(args.out, args.command, title, command, [note, tables(heads, rows)],
                  {"settings": vars(args), "note": note, "heads": heads, "rows": rows})
     print("next: python -m experiments.toy --help lists the other tables")

@@ -124,7 +124,8 @@ def probe_audio(path):
 def usable(items, read, what):
     """Yield (item, read(item)) of the items that can be read. The others are named, 20 of them, and
     counted at the end, as are silent sounds. Raises UserError if none can be read."""
-    good, errors = 0, []
+    good = 0
+    errors = []
     try:
         for item in tqdm(items, f"reading {what}", delay=2, disable=None):
             try:

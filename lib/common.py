@@ -2,7 +2,6 @@
 
     FLAGS = {"sampler": [flag("--steps", 25, "solver steps (paper 3.3: 50)", 1, 1000)]}
     args = parse_flags(__doc__, FLAGS)             # --help, ranges, --debug: from those lines alone
-    run_main(main)                                 # a UserError is one line on stderr, exit code 2
 
 Nothing here knows about audio or models. Skip it at a first reading.
 """
@@ -17,6 +16,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -134,7 +134,7 @@ def flag(name, default, what, low=-math.inf, high=math.inf, *, choices=None, kin
     what: a noun phrase, with the paper's value in brackets. kind: the type where the default does
     not tell. alias: an older name."""
     values = default if isinstance(default, list) else [default]
-    shown = " ".join("none" if value is None else str(value) for value in values)
+    shown = " ".join("none" if value is None else str(value) for value in values) or "none"
     about = f"{what} (default: {relative_to_here(shown)})"
     options = {"default": default, "help": about.replace("%", "%%")}
     if isinstance(default, bool):
@@ -173,8 +173,7 @@ class Parser(argparse.ArgumentParser):
         for title, flags in groups.items():
             group = self.add_argument_group(title)
             for one in flags:
-                names = [one["name"], one["alias"]]
-                group.add_argument(*filter(None, names), **one["options"])
+                group.add_argument(*filter(None, [one["name"], one["alias"]]), **one["options"])
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -200,14 +199,18 @@ def parse_commands(doc, commands, argv=None):
     return parser.parse_args(argv)
 
 
+def command_line(script, argv=None):
+    return f"python {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+
+
 def pick(kind, args):
     """The NamedTuple `kind` filled from the flags of the same names."""
     return kind(*(getattr(args, name) for name in kind._fields))
 
 
 DEVICE = flag("--device", "auto", "auto, cuda, mps or cpu")
-DTYPE = flag("--dtype", "auto", "precision of matrix products; auto: bfloat16 where the hardware "
-             "multiplies in it (official code: float32)", choices=["auto", "float32", "bfloat16"])
+DTYPE = flag("--dtype", "auto", "of matrix products; auto: bfloat16 where fast (official: float32)",
+             choices=["auto", "float32", "bfloat16"])
 
 
 # ----------------------------------------------------------------------- device, precision
@@ -216,10 +219,9 @@ def choose_device(name="auto", quiet=False):
     """"auto" takes cuda, then mps, then cpu, and prints it. UserError: `name` is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
-    reason = "as asked"
+    reason = "chosen automatically" if name == "auto" else "as asked"
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-        reason = "chosen automatically"
     if not available.get(name):
         raise UserError(f"--device {name} is not on this machine; use cuda, mps, cpu or auto")
     if not quiet:
@@ -247,16 +249,14 @@ def autocast_for(name, device, say=print):
     """-> autocast() for a `with`, in the precision of `choose_dtype`, which is told once."""
     dtype, reason = choose_dtype(name, device)
     lower = dtype != torch.float32
-    name = str(dtype).removeprefix("torch.")
-    say(f"dtype: {name} ({reason}); weights and optimizer stay float32")
+    say(f"dtype: {str(dtype)[6:]} ({reason}); weights and optimizer stay float32")
     # no cache of lowered weights: a step uses each once, and threads would share it (crpo.py)
     return lambda: torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False)
 
 
 def side_by_side(function, pieces, device):
-    """[function(piece) for piece in pieces]; on a CPU as many at a time as torch has threads: small
-    matrix products do not fill the cores when each is split over all. Gradient mode and autocast
-    belong to a thread: `function` enters them itself."""
+    """[function(piece) for piece in pieces], on a CPU as many at a time as torch has threads: small
+    products fill no two cores. Gradient mode, autocast are a thread's: `function` enters them."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(pieces) == 1:
         return [function(piece) for piece in pieces]
@@ -363,8 +363,8 @@ def locked(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            remedy = "wait for it, or choose another folder"
-            raise UserError(f"{folder} is in use by another process; {remedy}") from None
+            raise UserError(f"{folder} is in use by another process; wait for it, or choose "
+                            "another folder") from None
         except OSError as error:            # some network file systems know no locks
             warn(f"{folder} cannot be locked ({error.strerror}): start one run at a time there")
         if os.path.exists(path) and os.path.samefile(path, file.fileno()):

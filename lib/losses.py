@@ -239,7 +239,8 @@ def with_defaults(settings, length, channels):
 
     beta: as strong per summed squared error as in the official code. grpo: steps are drawn
     uniformly, and under the text that made them, so that the ratio is to the policy that did."""
-    name, size = settings.loss, length * channels
+    name = settings.loss
+    size = length * channels
     if settings.kl_weight is None:
         settings = settings._replace(kl_weight=KL_WEIGHTS.get(name, 0.0))
     if name == "grpo":

@@ -26,7 +26,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # a file imports only from what stands in an earlier row, or to its left
 ORDER = [name for row in (
     "lib.common lib.weights lib.audio lib.mel lib.oobleck lib.text lib.fast lib.losses", "world.sounds world.scenes world.ears",
-    "data vae model sample train_fm reward ranker evaluate crpo expert_iteration",
+    "data vae model reward sample train_fm ranker evaluate crpo expert_iteration",
     "world.reader world.votes world.train_ears world.train_clap world.train_ranker world.bundle",
     "experiments.flow_picture experiments.toy experiments.models experiments.alignment experiments.attm",
     "bench.official bench.crpo bench.full_size") for name in row.split()]

@@ -103,7 +103,7 @@ def test_stage_3_runs_v1_weights_as_v2(chain, whole, tmp_path):
     pairs |= {"mean": torch.zeros(2, 2, 4, 4), "std": torch.zeros(2, 2, 4, 4)}
     batch, _ = crpo.draw_rows(pairs, range(400), loss, 0, torch.device("cpu"))
     lost = batch.score.isnan()
-    assert lost[batch.dropped].all() and 0.05 < lost[~batch.dropped].float().mean() < 0.16
+    assert lost[batch.drop_text].all() and 0.05 < lost[~batch.drop_text].float().mean() < 0.16
     assert (batch.score[~lost] == 1.5).all()
     more = {"score_head": "v5", "out": str(tmp_path / "x")}
     refused("only v1 and v2 take each other's", crpo.run, **{**small, **more})

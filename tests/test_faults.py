@@ -140,15 +140,15 @@ def test_ranks_share_a_step_among_them(tiny, tmp_path, monkeypatch):  # noqa: F8
 
 def test_the_official_null_hides_text_and_duration_of_dropped_rows_alone(tiny, tmp_path):  # noqa: F811
     flow, codec, encoder, data, _ = parts_and_data(of_tiny(tiny, tmp_path))
-    batch = train_fm.training_batch(data, codec, 0, 0, 4)._replace(dropped=torch.tensor([True, False, True, False]))
+    batch = train_fm.training_batch(data, codec, 0, 0, 4)._replace(drop_text=torch.tensor([True, False, True, False]))
     seen = []
     flow.transformer.register_forward_hook(lambda module, given, out: seen.append(given))
     with torch.no_grad():
         for null in ("official_zeros", "empty_prompt"):
             train_fm.batch_loss(flow, encoder, batch, null)
     (_, t, zeros, pooled, *_), (_, _, kept, *_) = seen
-    assert not zeros[batch.dropped].any() and torch.equal(zeros[1], kept[1]) and kept.abs().amax((1, 2)).min() > 0
-    whole = flow.condition_inputs(train_fm.text_condition(encoder, batch._replace(dropped=torch.zeros(4).bool())))
+    assert not zeros[batch.drop_text].any() and torch.equal(zeros[1], kept[1]) and kept.abs().amax((1, 2)).min() > 0
+    whole = flow.condition_inputs(train_fm.text_condition(encoder, batch._replace(drop_text=torch.zeros(4).bool())))
     assert torch.allclose(pooled, whole[1], atol=1e-5) and torch.equal(t, batch.t)             # the pooled text stays
 
 
@@ -312,7 +312,7 @@ def test_clips_are_heard_as_the_mean_of_their_channels_up_to_their_duration():
     clap = SimpleNamespace(embed_audio=lambda audios, rate: heard.extend(map(len, audios)) or torch.eye(2),
                            embed_text=lambda prompts: torch.tensor([[0.25, 0], [1, 0.5]]),
                            scores=lambda audios, rate, prompts: torch.tensor([float(len(audio)) for audio in audios]))
-    found = evaluate.Judges.judge(SimpleNamespace(clap=clap, reward=clap), torch.ones(2, 100), asked, 100)
+    found = evaluate.Judges.judge(SimpleNamespace(judge_clap=clap, reward=clap), torch.ones(2, 100), asked, 100)
     assert heard == found["reward"].tolist() == [50, 100] and found["judge"].tolist() == [0.25, 0.5]
     ranker = Ranker(2, (4,)).eval()
     ranker.std *= 2

@@ -18,7 +18,7 @@ def test_imports_go_one_way(name):
     assert {other for other in imports(KNOWN[name], KNOWN) if ORDER.index(other) >= ORDER.index(name)} == set()
 
 
-@pytest.mark.parametrize("name, most", [("crpo", 19), ("sample", 13), ("train_fm", 13)])
+@pytest.mark.parametrize("name, most", [("crpo", 19), ("sample", 15), ("train_fm", 13)])
 def test_a_reader_needs_few_files(name, most):
     assert len(closure(name, KNOWN)) <= most, sorted(closure(name, KNOWN))
 
@@ -28,7 +28,7 @@ def test_the_house_is_small():
     assert sum(lines[name] for name in AFTERNOON) <= 3000
     assert max(lines.values()) < 500, max(lines, key=lines.get)
     # what is reached; it may rise with a feature only (last: --events, silent). The aims: 8,500, 5,000
-    assert sum(lines.values()) <= 10670
+    assert sum(lines.values()) <= 10668
     assert figures((ROOT / "tests").glob("*.py"))["lines"] <= 7755
 
 

@@ -131,18 +131,18 @@ def same(first, second):
 
 def test_dropped_text_is_the_null_of_guidance(tiny):
     flow, codec, encoder, data, _ = parts_and_data(of_tiny(tiny, tiny / "unused"))
-    batch = train_fm.training_batch(data, codec, 0, 0, 6)._replace(dropped=torch.arange(6) % 2 == 0)
+    batch = train_fm.training_batch(data, codec, 0, 0, 6)._replace(drop_text=torch.arange(6) % 2 == 0)
     whole = Condition(encoder.encode(batch.ids, batch.mask), batch.mask, batch.mask, batch.duration)
     null = null_condition(encoder, whole)
     got = text_condition(encoder, batch)
-    for row, dropped in enumerate(batch.dropped):
+    for row, dropped in enumerate(batch.drop_text):
         expected, visible = null if dropped else whole, got.mask[row]
         assert torch.allclose(got.text[row, visible], expected.text[row, visible], atol=1e-6)
         assert torch.equal(visible, expected.mask[row])
         assert torch.equal(got.pooled_mask[row].bool(), expected.pooled_mask[row].bool())
     assert torch.equal(text_condition(encoder, batch, "official_zeros").pooled_mask, batch.mask)
     frozen = prepare(data.cache, data.rows, encoder.eval(), 64, True)       # the same from cached text
-    cached = train_fm.training_batch(frozen, codec, 0, 0, 6)._replace(dropped=batch.dropped)
+    cached = train_fm.training_batch(frozen, codec, 0, 0, 6)._replace(drop_text=batch.drop_text)
     from_cache = text_condition(encoder, cached)
     assert not from_cache.text.requires_grad and torch.equal(from_cache.mask, got.mask)
     assert torch.allclose(from_cache.text[got.mask], got.text[got.mask], atol=5e-3)
@@ -152,10 +152,10 @@ def test_dropped_text_is_the_null_of_guidance(tiny):
 def test_example_depends_on_seed_and_position_only(tiny):
     _, codec, _, data, held = parts_and_data(of_tiny(tiny, tiny / "unused"))
     long, short = train_fm.training_batch(data, codec, 3, 0, 8), train_fm.training_batch(data, codec, 3, 4, 4)
-    assert all(torch.equal(getattr(long, name)[4:], getattr(short, name)) for name in ("x1", "x0", "t", "dropped"))
+    assert all(torch.equal(getattr(long, name)[4:], getattr(short, name)) for name in ("x1", "x0", "t", "drop_text"))
     other = train_fm.training_batch(data, codec, 4, 4, 4)
     assert not torch.equal(other.x0, short.x0) and not torch.equal(other.t, short.t)
-    dropped = train_fm.training_batch(data, codec, 0, 0, 400, dropout=0.3).dropped
+    dropped = train_fm.training_batch(data, codec, 0, 0, 400, dropout=0.3).drop_text
     assert abs(dropped.float().mean() - 0.3) < 0.07
     for clips in (4, 6, 100):               # of six: --val_clips 4 once crashed, no multiple of 64
         grid = list(train_fm.validation_batches(held, codec, clips))
@@ -369,9 +369,9 @@ def test_scores_reach_their_rows_and_dropped_text_loses_its_score(tiny, tmp_path
     assert all(data.scores[i] == data.cache.rows[i]["score"] for i in data.rows)
     batch, whole = (train_fm.training_batch(data, codec, 0, 0, 400, dropout=0.1, score_dropout=p) for p in (0.1, 0.0))
     lost = batch.score.isnan()
-    assert lost[batch.dropped].all() and 0.05 < lost[~batch.dropped].float().mean() < 0.16
+    assert lost[batch.drop_text].all() and 0.05 < lost[~batch.drop_text].float().mean() < 0.16
     assert torch.equal(whole.x0, batch.x0) and torch.equal(whole.t, batch.t)        # its draw comes last
-    assert torch.equal(whole.score.isnan(), whole.dropped)
+    assert torch.equal(whole.score.isnan(), whole.drop_text)
     assert text_condition(encoder, batch).score is batch.score
 
 

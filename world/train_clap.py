@@ -150,7 +150,8 @@ def render_scenes(settings, count, size, workers):
 
 def texts_of(scenes, start, *seed):
     """Captions of scenes in words drawn anew (B), then the near misses of each, B * H."""
-    texts, misses = [], []
+    texts = []
+    misses = []
     for i, scene in enumerate(scenes, start):
         rng = np.random.default_rng(derive_seed(*seed, i))
         texts.append(caption(rng, scene.relation, scene.asked))
@@ -206,7 +207,8 @@ def contrastive_loss(audio, text, misses, scale_audio, scale_text, same):
 def batch_loss(clap, readout, training, autocast, mels, scenes, step):
     """{"loss": scalar, parts} of the batch of a step, which follows from (seed, step)."""
     # the batch
-    family, size = training.family, training.batch_size
+    family = training.family
+    size = training.batch_size
     families = batch_indices(training.seed, step, len(scenes) // family, size // family)
     rows = (families[:, None] * family + torch.arange(family)).flatten()    # (B,)
     scenes = [scenes[i] for i in rows]

@@ -86,7 +86,9 @@ def fit(features, votes, parts, settings, device="cpu"):
     preference = torch.from_numpy(votes.preference).to(device)
     places = torch.from_numpy(np.stack([votes.a, votes.b]))     # (2, P)
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-    step, lowest, log = 0, math.inf, []
+    step = 0
+    lowest = math.inf
+    log = []
     with torch.random.fork_rng(devices=[]):     # initialisation and dropout take no generator
         torch.manual_seed(derive_seed(settings.seed, "ranker"))
         ranker = Ranker(features.shape[1], settings.widths, settings.dropout).to(device)
