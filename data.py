@@ -285,7 +285,7 @@ def begin(folder, settings, codec, clips):
         for path in (log, *arrays):
             path.unlink(missing_ok=True)
         raise
-    write_json(state, settings)                             # last: then the arrays are there
+    write_json(state, settings)        # last: then the arrays are there
 
 
 @torch.no_grad()
@@ -301,7 +301,7 @@ def build(folder, settings, codec, samples, items, function, workers, batch):
     log, state = folder / "rows.jsonl", folder / "settings.json"
     if state.is_file() and log.is_file() and log.read_bytes().count(b"\n") >= len(items):
         check_fresh(folder, read_json(state, dict), settings)
-        return open_cache(folder)                           # complete: read without a lock
+        return open_cache(folder)        # complete: read without a lock
     with locked(folder):
         begin(folder, settings, codec, len(items))
         done = len(whole_blocks(log, batch, len(items)))
@@ -315,7 +315,7 @@ def build(folder, settings, codec, samples, items, function, workers, batch):
                 for array, part in zip(arrays, posterior):
                     array[np.add(good, done)] = part.float().cpu().numpy()
                     array.flush()
-            for row in rows:                                # last: they say what is complete
+            for row in rows:        # last: they say what is complete
                 append_jsonl(log, row)
             done += len(rows)
     return open_cache(folder)
@@ -407,7 +407,7 @@ def text_cache(cache, encoder, ids, mask, max_length, batch=64):
             states = encoder.encode(ids[start:stop, :own.shape[1]], own).cpu()      # (B, S, T)
             hidden[offsets[start]:offsets[stop]] = states[own].numpy()
         hidden.flush()
-        write_json(state, settings)                         # last: then the states are there
+        write_json(state, settings)        # last: then the states are there
     return hidden, offsets
 
 
@@ -466,7 +466,7 @@ def gather(data, chosen):
 def main():
     args = parse_flags(__doc__, FLAGS)
     out = Path(args.out)
-    kind = SAMPLE_RATE, 1, CLIP_SAMPLES                     # what the toy hears
+    kind = SAMPLE_RATE, 1, CLIP_SAMPLES        # what the toy hears
 
     # a manifest's clips, or scenes with their truth
     if args.data:

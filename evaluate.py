@@ -345,9 +345,8 @@ def main(argv=None):
     paragraphs, numbers = compare(verdicts, against, args.draws, args.seed, pooled)
     budget = (f"{len(asked)} prompts of {args.data or 'the world'}, the same noise for all models; "
               f"{args.steps} {args.solver} steps, guidance {args.guidance_scale:g}.")
-    command = command_line("evaluate.py", argv)
-    write_report(out, name, "Clips side by side", command, [budget, *paragraphs],
-                 {"settings": vars(args), **numbers})
+    write_report(out, name, "Clips side by side", command_line("evaluate.py", argv),
+                 [budget, *paragraphs], {"settings": vars(args), **numbers})
     for page, blind in (("listen.html", False), ("blind.html", True)):
         listening_page(out / page, pages, [each.prompt for each in asked], blind)
     print(f"wrote {out}/listen.html: the first clips of each, side by side, and blind.html, the "

@@ -397,8 +397,8 @@ def with_score_head(flow, head, null="zero", mean=0.0, std=1.0, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         result = TangoFlux({**new, **flow.config, "score_head": head})
-    result.load_state_dict(result.state_dict() | flow.state_dict())             # strict
-    like = next(flow.parameters())                                              # device and dtype
+    result.load_state_dict(result.state_dict() | flow.state_dict())        # strict
+    like = next(flow.parameters())        # device and dtype
     return result.to(like).train(flow.training), before is None
 
 
@@ -411,7 +411,7 @@ def check_config(config):
              "score_head": config.score_head in (None, *SCORE_HEADS)}
     for name, field in config.__dataclass_fields__.items():
         value = getattr(config, name)
-        if field.type is int:                           # a bool is no number here
+        if field.type is int:        # a bool is no number here
             low, high = (0, 1000) if "_layers" in name else (1, 100_000)
             right[name] = type(value) is int and low <= value <= high
         if not right.get(name, True):
@@ -486,4 +486,4 @@ def save_model(folder, flow=None, codec=None, text=None, references=None, extra=
     config["references"] = {part: at for part, at in linked.items() if given.get(part) is None}
     write_json(path, config | (extra or {}))
     if codec is not None:
-        save_codec(folder, codec, dtype)                        # adds its own key "vae"
+        save_codec(folder, codec, dtype)        # adds its own key "vae"

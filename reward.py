@@ -28,7 +28,7 @@ from lib.text import MAX_TOKENS, pad_tokens, read_tokenizer, well_formed
 from lib.weights import (find_weights, load_weights, model_folder, save_module, save_tensors)
 
 REWARD = BASE / "clap_reward"           # ranks
-JUDGE = BASE / "clap_judge"             # judges only
+JUDGE = BASE / "clap_judge"        # judges only
 CLAP_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
               "tokenizer_config.json", "vocab.json", "merges.txt"]
 CONSTANT = ("position_ids", "token_type_ids", "relative_position_index")    # tables, not weights
@@ -48,7 +48,7 @@ class Clap(nn.Module):
         self.clap, self.tokenizer = clap, tokenizer
         self.front, self.preprocessor = front, preprocessor
         positions = clap.config.text_config.max_position_embeddings - 2
-        self.max_tokens = min(77, positions)            # laion_clap cuts texts at 77
+        self.max_tokens = min(77, positions)        # laion_clap cuts texts at 77
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_tokens)
 
@@ -256,7 +256,7 @@ def training_data(rows, tensors, model):
     else:
         mean = torch.stack([tensors["winner_mean"], tensors["loser_mean"]], 1)
         advantage = torch.tensor([1.0, -1.0]).expand(len(mean), 2)
-    std = torch.zeros(()).expand_as(mean)                   # sampled latents have none
+    std = torch.zeros(()).expand_as(mean)        # sampled latents have none
     if "winner_std" in tensors:
         std = torch.stack([tensors["winner_std"], tensors["loser_std"]], 1) / scale
     mean = codec.normalise(mean.to(codec.latent_std.device)).cpu()

@@ -227,7 +227,7 @@ def decode(codec, latents, durations=None, batch_size=16, progress=False, say=la
     """Raw latents (B, L, C) -> list of audio (channels, int(duration * rate)), on the CPU.
     Nothing clips: what passes full scale is turned down around its peaks, and `say` is told."""
     weight = next(codec.parameters())
-    samples = [latents.shape[1] * codec.hop] * len(latents)                     # durations None
+    samples = [latents.shape[1] * codec.hop] * len(latents)        # durations None
     if durations is not None:
         samples = [max(1, int(seconds * codec.sampling_rate)) for seconds in durations]
     audios = []
@@ -256,7 +256,7 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
     if not (isinstance(training, dict) and training.get("train_text")):
         warn_of_unknown_words(text, [*prompts, sampling.negative_prompt or ""], EVENT_NAMES)
     conditions = encode_conditions(text, prompts, durations, sampling, batch_size)
-    del text                                                # with FLAN-T5 a third of all memory
+    del text        # with FLAN-T5 a third of all memory
 
     model = load_model(name, device, dtype, ("flow", "codec"))
     rate = model.codec.sampling_rate
@@ -271,7 +271,7 @@ def prompts_to_audio(name, prompts, durations, seed=0, indices=None, sampling=Sa
                                  batch_size=batch_size, conditions=[condition], noise=x0,
                                  progress=True)
         if own.stop >= len(prompts):
-            model.flow = None                               # decoding needs its memory
+            model.flow = None        # decoding needs its memory
         audios = decode(model.codec, latents, durations[own], batch_size, say=print)
         for row, audio in enumerate(audios, own.start):
             yield row, audio, rate
@@ -374,7 +374,7 @@ def main(argv=None):
         # the best candidate, at one loudness, is written
         if args.best_of > 1:
             audio = best_audio(reward.scores, candidates, rate, record["prompt"])
-        path, _ = place_of(path, record)                    # another command may have taken it
+        path, _ = place_of(path, record)        # another command may have taken it
         if args.lufs is not None:
             audio = normalise_loudness(audio, rate, args.lufs, args.true_peak)[0]
         if args.plot:

@@ -102,7 +102,7 @@ FLAGS = {"model": [
     flag("--log_every", 10, "steps between rows of log.jsonl", 1),
     flag("--val_every", 250, "steps between validations", 1),
     flag("--val_clips", 256, "held-out clips of a validation", 1), DTYPE, DEVICE]}
-SCENES = 100_000                                # of the built-in world
+SCENES = 100_000        # of the built-in world
 DECISIVE = ("checkpoint preset train_text max_text_length seed batch_size learning_rate muon beta1 "
             "beta2 weight_decay clip ema dtype dropout null t_mean t_std t_grid decay score_column "
             "score_head score_null score_dropout oversample experts_only sigma_rel steps "

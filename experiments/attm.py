@@ -400,8 +400,7 @@ def main(argv=None):
         paragraphs.append(f"hum: a ridge regression, {lab.hum_meter[1]:.2f} on held-out clips.")
 
     # report
-    command = command_line("-m experiments.attm", argv)
-    write_report(out, name, entry.title, command, paragraphs,
+    write_report(out, name, entry.title, command_line("-m experiments.attm", argv), paragraphs,
                  {"settings": vars(args), "verdict": sentence, **found})
     print("next: python -m experiments.attm --help lists the other entries")
 

@@ -19,14 +19,12 @@ PARITY = ROOT.parent / "shared" / "parity"
 PICTURES = importlib.util.find_spec("matplotlib") is not None
 TINY = dict(num_layers=1, num_single_layers=1, in_channels=4, attention_head_dim=8, num_attention_heads=2,
             joint_attention_dim=16, audio_seq_len=64, max_duration=4.096, axes_dims_rope=[2, 2, 4])
-TINY_MEL = dict(data_dim=80, embed_dim=4, hidden_dim=8, ch_mult=[1, 1, 1], num_res_blocks=1, attn_layers=[],
-                down_layers=[0, 1])
+TINY_MEL = dict(data_dim=80, embed_dim=4, hidden_dim=8, ch_mult=[1, 1, 1], num_res_blocks=1, attn_layers=[], down_layers=[0, 1])
 TINY_OFFICIAL = dict(                           # of bench.full_size.random_folder
     flow=dict(num_layers=1, num_single_layers=1, in_channels=4, attention_head_dim=16, num_attention_heads=2,
               joint_attention_dim=32, audio_seq_len=24, max_duration=1.0, axes_dims_rope=[4, 6, 6]),
     codec=dict(encoder_hidden_size=8, downsampling_ratios=[2, 4, 4], channel_multiples=[1, 1, 2], decoder_channels=8,
-               decoder_input_channels=4, sampling_rate=768),
-    text=dict(width=32, layers=1, heads=2, d_ff=32), words=200)
+               decoder_input_channels=4, sampling_rate=768), text=dict(width=32, layers=1, heads=2, d_ff=32), words=200)
 
 
 class Fixture:

@@ -408,8 +408,7 @@ def test_room_for_arrays_is_reserved(tmp_path, codec, monkeypatch):
         reserve(file, start, size)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        refused("no space left writing .*std.npy .needs more than .* MB", data.world_cache, folder, codec,
-                scenes=9, workers=0)
+        refused("no space left writing .*std.npy .needs more than .* MB", data.world_cache, folder, codec, scenes=9, workers=0)
     assert not folder.exists()
     data.new_array(tmp_path / "a.npy", (300, 400))
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 2 * 300 * 400

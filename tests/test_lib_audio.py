@@ -82,14 +82,18 @@ def header(path, place, value):
 def test_headers_that_cannot_be_true_are_refused(tmp_path, seconds):
     """Rates beyond 1 to 768 kHz, more frames than bytes can hold, pipes and devices: before memory is taken."""
     read, path = functools.partial(audio.read_audio, seconds=seconds), tmp_path / "a.wav"
-    for rate, good in ((999, False), (1000, True), (768_000, True), (768_001, False), (99_999_989, False),
-                       (2 ** 31 - 1, False)):
+    for rate, good in ((999, False), (1000, True), (768_000, True), (768_001, False), (99_999_989, False), (2 ** 31 - 1, False)):
         audio.write_wav(path, torch.full((1, 3000), 0.5), 16000)
         header(path, 24, rate.to_bytes(4, "little"))
         if good:
             assert read(path, 16000, 1).numel()
         else:
             refused(f"a.wav cannot be used: its header says {rate} Hz", read, path, 16000, 1)
+    audio.write_wav(path, torch.full((1, 3000), 0.5), 16000)
+    path.write_bytes(path.read_bytes()[:4044])
+    refused("a.wav cannot be used: it was cut off: 4000 of 6000 bytes are there", read, path, 16000, 1)
+    header(path, 40, bytes([255] * 4))                              # of a stream, whose length nobody knew
+    assert read(path, 16000, 1).numel()
     flac = tmp_path / "a.flac"
     soundfile.write(flac, np.full(16000, 0.5), 16000)
     header(flac, 8 + 14, (2 ** 32 - 1).to_bytes(4, "big"))          # of 36 bits of STREAMINFO the last 32
