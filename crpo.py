@@ -75,7 +75,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
     flag("--kl_weight", None, "weight of |v - old|^2, for pairs in units of half x beta; none: "
-         "crpo 0.4, awm 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
+         "crpo 0.4, awm, dgpo 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
     flag("--safeguard", None, "mu: scales a loser's gradient down where it would raise the "
          "winner's error; none: off (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
