@@ -10,7 +10,7 @@ run ends with the same bits. Clip i is made from (seed, i); in bfloat16, on its 
 
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEAN errors over (L, C), as in the code (Eq. 2: sums, no 0.5:
-    --reduction sum --half 1). A mean is 1/(L C) of the sum, so that an equally strong beta grows
+    --reduction sum --half 1). A mean is 1/(L C) of the sum, so an equally strong beta grows
     with L C: 2000 at the code's 645 x 64 is 149 at the toy's 64 x 48; L_FM stays a mean (Eq. 5);
   - t is logit-normal, as the code (Eq. 2: uniform), but nearer to noise (code: --t_mean 0) and
     continuous (code: 1000 values); a pair shares noise and t, as the code (Eq. 2 does not say);
@@ -75,9 +75,9 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
          1),
     flag("--kl_weight", None, "weight of |v - old|^2, for pairs in units of half x beta; none: "
-         "crpo 0.4, awm, dgpo 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
-    flag("--safeguard", None, "mu: scales a loser's gradient down where it would raise the "
-         "winner's error; none: off (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
+         "crpo 0.4, awm and dgpo 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
+    flag("--safeguard", None, "mu: a loser may undo 1 - mu of its winner's descent; none: all "
+         "of it (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
     flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1)", 0),
@@ -136,7 +136,8 @@ Loss = namedtuple("Loss", "loss beta half reduction fm_weight safeguard shared_n
 Optimisation = namedtuple("Optimisation", "epochs batch_size micro_batch learning_rate "
                           "warmup_steps decay beta1 beta2 weight_decay clip ema dtype score_head "
                           "log_every save_every")
-Training = namedtuple("Training", "flow reference encoder pairs loss micro_batch device autocast")
+Training = namedtuple("Training", "flow reference encoder pairs settings micro_batch device "
+                      "autocast")
 
 
 # ----------------------------------------------------------------------------- a step
@@ -156,8 +157,7 @@ def draw_rows(data, positions, settings, seed, device):
     first clip of all rows comes first; a score that is asked for is dropped as in train_fm.py."""
     count, *shape = data["mean"].shape                                          # P, (K, L, C)
     K = shape[0]
-    rows = []
-    draws = []
+    rows, draws = [], []
     for position in positions:
         rng = generator(seed, "pair", position)             # a row depends on these alone
         row = int(epoch_order(seed, position // count, count)[position % count])
@@ -226,7 +226,7 @@ def loss_and_gradients(training, parameters, positions, seed):
 
 # ----------------------------------------------------------------------------- optimisation
 
-def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device):
+def optimise(folder, policy, rows, tensors, settings, how, seed, report_seed, device):
     """The model folder `policy`, trained, goes to `folder` -> losses over all rows (Fig. 4)."""
     model = load_policy(policy, device, how.score_head)
     flow = model.flow
@@ -241,13 +241,13 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
     steps = math.ceil(how.epochs * len(rows) / how.batch_size)
     warmup = min(how.warmup_steps, max(1, steps // 4))
     shape = "linear" if how.decay else "constant"
-    loss = with_defaults(loss, *pairs["mean"].shape[-2:])
-    settings = {"seed": seed, "warmup": warmup, "policy": policy_hash(policy),
-                **loss._asdict(), "sampler_steps": loss.steps, **how._asdict(), "steps": steps,
-                "log_every": 0, "save_every": 0}
-    autocast = autocast_for(how.dtype, device)
-    training = Training(flow, reference, model.text, pairs, loss, how.micro_batch, device, autocast)
-    step, minutes = load_state(folder, parameters, optimizer, average, settings)
+    settings = with_defaults(settings, *pairs["mean"].shape[-2:])
+    record = {"seed": seed, "warmup": warmup, "policy": policy_hash(policy),
+              **settings._asdict(), "sampler_steps": settings.steps, **how._asdict(),
+              "steps": steps, "log_every": 0, "save_every": 0}
+    training = Training(flow, reference, model.text, pairs, settings, how.micro_batch, device,
+                        autocast_for(how.dtype, device))
+    step, minutes = load_state(folder, parameters, optimizer, average, record)
     trim_log(folder, step)
     began = time.monotonic() - 60 * minutes
     flow.train()
@@ -275,20 +275,20 @@ def optimise(folder, policy, rows, tensors, loss, how, seed, report_seed, device
                 row = {"step": done, "lr": rate, "minutes": minutes, **parts, "grad_norm": norm}
                 append_jsonl(folder / "log.jsonl", row)
             if done == steps or done % how.save_every == 0 or stopped:
-                save_state(folder, parameters, optimizer, average, done, settings, minutes)
+                save_state(folder, parameters, optimizer, average, done, record, minutes)
             if stopped:
                 break
 
     # the losses over all pairs, and the model; it links to the other parts of a local one
     copy_weights(parameters, average)
     flow.eval()
-    training = training._replace(loss=loss._replace(dropout=0.0, score_dropout=0.0))
+    training = training._replace(settings=settings._replace(dropout=0.0, score_dropout=0.0))
     losses = loss_and_gradients(training, [], range(len(rows)), report_seed)
     draw_log(folder, [("errors", "linear", {"winner": "winner", "loser": "loser"})])
     if Path(policy).is_dir():
-        save_model(folder, flow, references=links(policy, folder), extra={"training": settings})
+        save_model(folder, flow, references=links(policy, folder), extra={"training": record})
     else:
-        save_model(folder, flow, model.codec, model.text, extra={"training": settings})
+        save_model(folder, flow, model.codec, model.text, extra={"training": record})
     return losses
 
 

@@ -104,7 +104,7 @@ def bootstrap(statistic, count, draws=1000, seed=0):
 # ----------------------------------------------------------------------------- judging
 
 class Judges:
-    """The CLAP that ranked, the one that judges, the world's tagger, and one for Frechet and KL."""
+    """A CLAP that ranked, one that judges; the world's tagger, one for Frechet: in this order."""
     def __init__(self, reward=REWARD, judge=JUDGE, tagger=BASE, device="cpu"):
         self.reward = load_reward(reward, device)
         self.judge_clap = load_clap(judge, device)
@@ -117,15 +117,15 @@ class Judges:
         clips: of scenes (N, 65536) at 16 kHz, of other prompts (N, samples) at `rate`."""
         prompts = [each.prompt for each in asked]
         audios = [clip[:int(each.duration * rate)] for clip, each in zip(clips, asked)]
-        embedded = self.judge_clap.embed_audio(audios, rate)                         # (N, W)
+        embedded = self.judge_clap.embed_audio(audios, rate)                   # (N, W)
         verdict = {"reward": self.reward.scores(audios, rate, prompts),
-                 "judge": (embedded * self.judge_clap.embed_text(prompts)).sum(1),
-                 "features": embedded,
-                 "silent": [float(audio.abs().max() < SILENT) for audio in audios]}
+                   "judge": (embedded * self.judge_clap.embed_text(prompts)).sum(1),
+                   "features": embedded,
+                   "silent": [float(audio.abs().max() < SILENT) for audio in audios]}
         if isinstance(asked[0], Scene):
-            _, chances, _ = probabilities(self.feature_tagger, clips)                     # (N, K)
+            _, chances, _ = probabilities(self.feature_tagger, clips)          # (N, K)
             verdict["logits"] = chances.clamp(1e-6, 1 - 1e-6).logit()
-            verdict["features"] = features(self.feature_tagger, clips)                      # (N, W)
+            verdict["features"] = features(self.feature_tagger, clips)         # (N, W)
             verdict["tally"] = tally_all(hear(self.tagger, clips), asked)
         return {name: np.asarray(array) for name, array in verdict.items()}
 

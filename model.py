@@ -187,7 +187,7 @@ class Attention(nn.Module):
         return attention(q, k, v, visible).transpose(1, 2).flatten(2)       # (B, N, D)
 
 
-# ----------------------------------------------------------------------------- blocks
+# ----------------------------------------------------------------------------- blocks, score heads
 
 def ada_ln(width, chunks):
     """SiLU of a global condition (B, D) -> `chunks` modulations (B, chunks, 1, D)."""

@@ -28,7 +28,7 @@ from lib.text import MAX_TOKENS, pad_tokens, read_tokenizer, well_formed
 from lib.weights import (find_weights, load_weights, model_folder, save_module, save_tensors)
 
 REWARD = BASE / "clap_reward"           # ranks
-JUDGE = BASE / "clap_judge"        # judges only
+JUDGE = BASE / "clap_judge"             # judges only
 CLAP_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
               "tokenizer_config.json", "vocab.json", "merges.txt"]
 CONSTANT = ("position_ids", "token_type_ids", "relative_position_index")    # tables, not weights

@@ -198,8 +198,8 @@ def collate(data, codec, chosen, eps, x0, t, drop_text, drop_score):
         score = data.scores[chosen]                                             # (B,)
         score = torch.where(drop_text | drop_score, null_score(score), score)
     device = codec.latent_mean.device
-    batch = Batch(x1, x0, t, ids, hidden, mask, duration, drop_text, score).to(device)
-    return batch._replace(x1=codec.normalise(batch.x1))
+    x1 = codec.normalise(x1.to(device))
+    return Batch(x1, x0, t, ids, hidden, mask, duration, drop_text, score).to(device)
 
 
 def training_batch(data, codec, seed, first, count, dropout=0.1, t_mean=0.0, t_std=1.0, t_grid=None,
@@ -229,10 +229,10 @@ def validation_batches(data, codec, count, size=64):
     rngs = [generator("validation", i) for i in range(n)]
     eps = noise_of(rngs, shape)
     x0 = noise_of(rngs, shape)
-    none = torch.zeros(n, dtype=torch.bool)         # no row loses its text or score
+    nothing = torch.zeros(n, dtype=torch.bool)      # no row loses its text or score
     for start in range(0, n, size):
         own = slice(start, start + size)
-        yield collate(data, codec, rows[own], eps[own], x0[own], t[own], none[own], none[own])
+        yield collate(data, codec, rows[own], eps[own], x0[own], t[own], nothing[own], nothing[own])
 
 
 @torch.no_grad()
@@ -406,7 +406,7 @@ def train_in(out, args):
         print(f"{len(data.rows)} training clips; step {step} of {args.steps}")
 
     losses = []             # since the last row of the log
-    last_step = {}          # its rate and gradient norm
+    last_step = {}          # rate and gradient norm of the last step
     out_of_time = torch.zeros(1, device=device)     # a tensor: all processes stop at once
     bar = tqdm(None, "training", args.steps, initial=step, disable=rank > 0 or None)
     with stop_on_signal() as stopped:

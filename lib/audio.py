@@ -90,7 +90,7 @@ def resample(audio, rate_in, rate_out):
 @contextlib.contextmanager
 def open_audio(path):
     """Yield `path` as an open soundfile.SoundFile; what fails in the block is a UserError, too, and
-    so are a pipe, a device, a rate beyond 1 to 768 kHz, and more sound than the file can hold."""
+    so are pipes, devices, rates beyond 1 to 768 kHz, frames that it cannot hold, a WAV cut off."""
     import soundfile
     if not os.path.isfile(path):
         raise UserError(f"audio file {path} is {'no file' if os.path.exists(path) else 'missing'}")
@@ -99,9 +99,10 @@ def open_audio(path):
             raise ValueError(f"its header says {file.samplerate} Hz")
         if file.frames > 8192 * os.path.getsize(path):      # densest: digital silence in FLAC
             raise ValueError(f"its header promises {file.frames} frames, more than it can hold")
-        cut = re.search(r"\bdata : (\d+) \(should be (\d+)\)", file.extra_info)
-        if cut and int(cut[2]) < 0.99 * int(cut[1]) < 2 ** 30:      # more: a stream, length unknown
-            raise ValueError(f"it was cut off: {cut[2]} of {cut[1]} bytes are there")
+        cut = re.search(r"\bdata : (\d+) \(should be (\d+)\)", file.extra_info)     # WAV, RF64, CAF
+        promised, there = map(int, cut.groups()) if cut else (0, 0)
+        if there + 64 < 0.99 * promised < 2 ** 30:      # some count the header; from 1 GB: a stream
+            raise ValueError(f"it was cut off: {there} of {promised} bytes are there")
         yield file
 
 

@@ -209,8 +209,8 @@ def pick(kind, args):
 
 
 DEVICE = flag("--device", "auto", "auto, cuda, mps or cpu")
-DTYPE = flag("--dtype", "auto", "of matrix products; auto: bfloat16 where fast (official: float32)",
-             choices=["auto", "float32", "bfloat16"])
+DTYPE = flag("--dtype", "auto", "precision of matrix products; auto: bfloat16 where it is fast "
+             "(official: float32)", choices=["auto", "float32", "bfloat16"])
 
 
 # ----------------------------------------------------------------------- device, precision
@@ -249,14 +249,14 @@ def autocast_for(name, device, say=print):
     """-> autocast() for a `with`, in the precision of `choose_dtype`, which is told once."""
     dtype, reason = choose_dtype(name, device)
     lower = dtype != torch.float32
-    say(f"dtype: {str(dtype)[6:]} ({reason}); weights and optimizer stay float32")
+    say(f"dtype: {str(dtype).removeprefix('torch.')} ({reason}); weights, optimizer stay float32")
     # no cache of lowered weights: a step uses each once, and threads would share it (crpo.py)
     return lambda: torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False)
 
 
 def side_by_side(function, pieces, device):
-    """[function(piece) for piece in pieces], on a CPU as many at a time as torch has threads: small
-    products fill no two cores. Gradient mode, autocast are a thread's: `function` enters them."""
+    """[function(piece) for piece in pieces]; on a CPU in threads, because small matrix products do
+    not fill the cores. Gradient mode and autocast are a thread's own: `function` enters them."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(pieces) == 1:
         return [function(piece) for piece in pieces]

@@ -144,8 +144,7 @@ def nft_loss(velocity, old, xt, target, t, A, settings):
 def dgpo_loss(velocity, old, xt, target, t, A, settings):
     """s A E with s = sigmoid(mean of beta A (E - E_old) over the group of a prompt), detached.
 
-    s is 1/2 at first; it goes to 0 as good clips' errors fall and bad ones' rise: too late here,
-    where after 100 steps without a KL the model was lost (docs/log.md)."""
+    s is 1/2 at first; it goes to 0 as good clips' errors fall and bad ones' rise."""
     count = A.shape[1]
     E = errors(velocity, target).view(count, -1).T                              # (B, K)
     E_old = errors(old, target).view(count, -1).T
@@ -232,7 +231,7 @@ def grpo_loss(velocity, old, xt, target, t, A, settings):
 
 OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), for crpo and dpo
 DGPO_BETA = 100 / (16 * 64 * 64)        # the same of DGPO's official code, of images
-KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}
+KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}     # dgpo: docs/log.md
 
 
 def with_defaults(settings, length, channels):
