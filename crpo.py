@@ -339,8 +339,7 @@ def make_candidates(folder, model, rows, seed, sampler, save_clips):
 
 def score_candidates(folder, codec, rows, latents, scorers, origin, save_clips):
     """scores.jsonl: rows, `origin` (seed, policy), index, scores; scorers: {name: a CLAP, ...}."""
-    path = folder / "scores.jsonl"
-    rate = codec.sampling_rate
+    path, rate = folder / "scores.jsonl", codec.sampling_rate
     latents = latents[:, -1] if latents.ndim == 4 else latents        # of paths the end
     scored = whole_blocks(path, save_clips, len(rows))
     starts = range(len(scored), len(rows), save_clips)

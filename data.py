@@ -95,7 +95,7 @@ def row_cells(keys, named):
         return {what: read_cell(row, what, key) for what, key in keys.items()}
 
 
-def read_cells(path, table, asked, remedy):
+def read_cells(path, table, asked, hint):
     """Of a table's good rows [(row, its cells of `asked` {what: name of its column, or None})]."""
     columns = set().union(*[row for _, row in table])
     keys = {}
@@ -103,7 +103,8 @@ def read_cells(path, table, asked, remedy):
         names = (key,) if key else COLUMNS.get(what, (what,))
         keys[what] = next((name for name in names if name in columns), None)
         if keys[what] is None and (key or what not in NUMBERS):
-            raise UserError(f"{path} has no column {' or '.join(names)}; {remedy}")
+            names = " or ".join(names)
+            raise UserError(f"{path} has no column {names}, but {sorted(columns)[:9]}; {hint}")
     good = usable(table, partial(row_cells, keys), f"rows of {path}")
     return [(row, cells) for (_, row), cells in good]
 

@@ -56,10 +56,10 @@ class ModelConfig:
     score_std: float = 1.0              # and deviation: a score is standardised by both
 
     @classmethod
-    def from_dict(cls, config):
+    def from_dict(cls, config, folder=""):
         """The config in a dict; its other keys (vae, references) are left out. Raises UserError."""
         self = cls(**{key: config[key] for key in cls.__dataclass_fields__ if key in config})
-        with reading("config.json", "take the config.json of a model folder"):
+        with reading(Path(folder) / "config.json", "take the config.json of a model folder"):
             check_config(self)
         return self
 
@@ -429,7 +429,7 @@ def load_model(name, device="cpu", dtype=torch.float32, parts=("flow", "codec", 
     """
     folder = model_folder(name)
     flow_folder, config_json = resolve(folder, "flow")
-    config = ModelConfig.from_dict(config_json).to_dict()
+    config = ModelConfig.from_dict(config_json, flow_folder).to_dict()
     model = SimpleNamespace(flow=None, codec=None, text=None, config=config_json, folder=folder)
     widths = {}                         # of the other parts, which must be the flow's
     t5_names = {}                       # of a T5 that some official files hold inside the flow's

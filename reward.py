@@ -191,7 +191,7 @@ def usable_pairs(rewards, per_prompt=1):
     if missing == len(rewards):
         remedy = "their scores are equal: raise --num_samples or check --reward"
         if not np.isfinite(rewards).all():
-            remedy = "there are NaN among their scores: mend --reward"
+            remedy = "some of their scores are NaN or infinite: mend --reward"
         raise UserError(f"no prompt makes a pair; {remedy}")
     if missing:
         warn(f"{missing} of {len(rewards)} prompts make no pair (equal or NaN scores)")
@@ -269,8 +269,8 @@ def training_data(rows, tensors, model):
 def main(argv=None):
     """Print the CLAP score of each file with the prompt."""
     args = parse_flags(__doc__, FLAGS, argv)
-    if not args.prompt.strip():
-        raise UserError("--prompt is empty: say what the sounds should be")
+    if not args.audio or not args.prompt.strip():
+        raise UserError("give sounds by --audio, and by --prompt what they should be")
     clap = load_clap(args.clap, choose_device(args.device))
     rate = clap.front.sampling_rate
     seconds = None if clap.front.fused else clap.front.samples / rate       # what it hears

@@ -309,7 +309,7 @@ def main(argv=None):
     print(f"dtype: {str(dtype).removeprefix('torch.')} ({reason}); text encoder and codec float32")
 
     # prompts, and seconds that the model can make
-    config = ModelConfig.from_dict(resolve(folder, "flow")[1])
+    config = ModelConfig.from_dict(resolve(folder, "flow")[1], folder)
     rows = [{"prompt": prompt, "duration": None} for prompt in args.prompts + args.prompt]
     rows += read_prompts(args.prompt_file) if args.prompt_file else []
     rows = rows or [{"prompt": "a violin followed by rain", "duration": None}]
@@ -327,7 +327,7 @@ def main(argv=None):
             usual = fitting_seconds(row["prompt"], usual)
         seconds = row["duration"] = row["duration"] or args.duration or usual
         if seconds > config.max_duration:
-            raise UserError(f"a duration of {seconds} s: ask for at most {config.max_duration:g} s")
+            raise UserError(f"{row['prompt'][:40]}: {seconds} of at most {config.max_duration:g} s")
     rows = [row for row in rows for _ in range(args.num_samples)]
 
     # the files that they will be, and what they depend on

@@ -49,7 +49,7 @@ silent_files = []       # those that `read_audio` met; `usable` names them
 def sinc_kernels(up, down, first):
     """Kernels of outputs first, first+1, ... of each `up`: their first input, weights (phases, taps).
     Output m lies at input time m*down/up; outputs m and m + up share a kernel, `down` inputs on."""
-    rate = min(1.0, up / down) * CUTOFF                 # cut-off over the input's Nyquist frequency
+    rate = min(1.0, up / down) * CUTOFF        # cut-off over the input's Nyquist frequency
     reach = ZERO_CROSSINGS * max(1.0, down / up)        # half the filter's length, in inputs
     phases = torch.arange(first, min(first + PHASES_PER_BLOCK, up)).double()
     times = phases * down / up
@@ -71,7 +71,7 @@ def resample(audio, rate_in, rate_out):
     if up == down:
         return audio
     length = ceil(audio.shape[-1] * up / down)
-    groups = ceil(length / up)                                  # outputs come in groups of `up`
+    groups = ceil(length / up)        # outputs come in groups of `up`
     margin = ZERO_CROSSINGS * ceil(down / up)
     signal = audio.reshape(-1, 1, audio.shape[-1])              # (B, 1, N)
     signal = pad(signal, (margin, margin + down + 2))
@@ -243,7 +243,7 @@ def limited(audio, sampling_rate, ceiling=0.98):
     peaks = max_pool1d(audio.abs().amax(0, keepdim=True), 2 * reach + 1, 1, reach)  # (1, N)
     gain = (ceiling / peaks).clamp(max=1)
     gain = pad(gain[None], (reach, reach), mode="replicate")        # (1, 1, N + 2 reach)
-    return audio * avg_pool1d(gain, 2 * reach + 1, 1)[0]            # a mean of sufficient gains
+    return audio * avg_pool1d(gain, 2 * reach + 1, 1)[0]        # a mean of sufficient gains
 
 
 def save_spectrogram(path, audios, titles, sampling_rate):

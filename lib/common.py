@@ -50,7 +50,7 @@ def reading(path, remedy="download or write it again"):
         raise
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or path} is missing; check the path") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:                # a user's own code may exit
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if re.search("weights_only|PytorchStream", reason):     # torch's long advice
             reason = "it is no file of torch, or torn"

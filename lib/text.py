@@ -143,7 +143,7 @@ def warn_of_unknown_words(text, prompts, sounds):
     tokenizer.no_truncation()
     spelling = {UNKNOWN, *map(tokenizer.token_to_id, BYTES)}
     known = [piece.lstrip("▁") for piece in tokenizer.get_vocab() if len(piece) > 3]
-    unknown, shown = {}, []                             # {word: the first prompt that holds it}
+    unknown, shown = {}, []     # {word: the first prompt that holds it}
     for prompt in map(well_formed, prompts):
         words = re.findall(WORD, prompt)
         for word, pieces in zip(words, tokenizer.encode_batch(words, add_special_tokens=False)):
@@ -245,7 +245,7 @@ def read_table(path):
             rows = map(str.strip, text.split("\n"))
     named = [(f"{path} row {i}", row) for i, row in enumerate(rows or [], 1) if row != ""]
     if not named:
-        raise UserError(f"{path} holds no rows; write a JSON object or CSV line per clip")
+        raise UserError(f"{path} holds no rows; write one a line")
     return [(name, row) for (name, _), row in usable(named, read_row, f"rows of {path}")]
 
 

@@ -188,13 +188,13 @@ def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
 def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
     """A local model folder as it is; else, of owner/name on the hub, its `files`. UserError."""
     folder = Path(name)
-    inside = max(folder.glob("*_[0-9]*/tangoflux.safetensors"), key=os.path.getmtime, default=None)
+    inside = max(folder.glob("*/tangoflux.safetensors"), key=os.path.getmtime, default=None)
     if inside and not (folder / "tangoflux.safetensors").exists():
-        raise UserError(f"{folder} is a run, not a model: take {inside.parent}")
+        raise UserError(f"{folder} holds models, and is none: take {inside.parent}")
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UserError(f"{name} is a file; pass the model folder that holds it")
+        raise UserError(f"{name} is a file; pass the model folder (a reward: FILE.py:FUNCTION)")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) or folder.parent.exists():
         raise UserError(f"{name} is missing; pass the model folder, or a hub id owner/name")
     return fetch(str(name), list(files))

@@ -168,7 +168,7 @@ def test_the_loop_leaves_what_it_says(whole):
                                Sampling(steps=2))
         assert torch.allclose(again[0], latents[7], atol=1e-4)
         assert row["index"] == 7 and row["checkpoint"] == crpo.policy_hash(maker) and row["seed"] == k
-    with pytest.raises(UserError, match="is a run, not a model: take .*iteration_2$"):
+    with pytest.raises(UserError, match="holds models, and is none: take .*iteration_2$"):
         crpo.policy_hash(str(out))                                              # a run, and no model
 
 

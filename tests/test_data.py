@@ -169,7 +169,7 @@ def test_what_is_no_prompt_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("m.jsonl", lines({"audio": "a.wav"}), "no column caption or captions; name its own by .* --caption_key"),
+    ("m.jsonl", lines({"audio": "a.wav"}), "no column caption or captions, but .*audio.*; name its own by .* --caption_key"),
     ("m.csv", "caption,file\nrain,a.wav\n", "no column audio or location"),
     ("m.jsonl", lines({"audio": "a.wav", "caption": []}), "row 1 .* no caption"),
     ("m.jsonl", lines({"audio": None, "caption": "x"}), "row 1 .* no audio"),
@@ -247,7 +247,7 @@ def test_static_sets_of_both_kinds(tmp_path, capsys):
     assert data.read_pairs(official)[0]["winner"] == folder + "c.wav"
     assert data.read_pairs(official, tmp_path)[0]["loser"] == folder + "b.wav"
     for text, match in (
-            ("[]", "no rows"), ('[{"captions": "a", "chosen": "a.wav"}]', "no column loser or .*rejected; rename its own"),
+            ("[]", "no rows"), ('[{"captions": "a", "chosen": "a.wav"}]', "no column loser or .*rejected, but .*; rename its own"),
             (json.dumps([{**pair, "duration": -1}]), "duration is -1"), ("nonsense", "row 1 cannot be used"),
             (json.dumps([{**pair, "chosen": "candidates.safetensors#7"}]), "#7 is missing")):
         refused(match, data.read_pairs, write(tmp_path, "pairs.json", text))

@@ -365,7 +365,7 @@ def test_parts_may_live_elsewhere(tmp_path):
     for name in ("iteration_1", "iteration_2"):
         (tmp_path / "a" / name).mkdir()
         (tmp_path / "a" / name / "tangoflux.safetensors").write_text("")
-    refused("a is a run, not a model: take .*a/iteration_2$", model_folder, tmp_path / "a")
+    refused("a holds models, and is none: take .*a/iteration_2$", model_folder, tmp_path / "a")
     (tmp_path / "a" / "tangoflux.safetensors").write_text("")
     assert model_folder(tmp_path / "a") == tmp_path / "a"           # expert_iteration.py's tuned model holds more
 

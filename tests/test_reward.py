@@ -94,7 +94,7 @@ def test_score_prints_the_cosine(tmp_path, capsys):
     reward.main(["--audio", path, "--prompt", "rain", "--clap", str(tmp_path / "clap")])
     printed = float(capsys.readouterr().out.split("\n")[1].split()[0])
     assert printed == pytest.approx(clap.scores([read_audio(path, 16000, 1)], 16000, ["rain"]).item(), abs=1e-6)
-    refused("--prompt is empty", reward.main, ["--audio", path])
+    refused("give sounds by --audio, and by --prompt", reward.main, ["--audio", path])
 
 
 def test_pairs_match_the_official_choice(parity):
@@ -111,7 +111,7 @@ def test_best_and_worst_ties_and_nan():
     assert [part.tolist() for part in make_pairs(scores, 2)] == [[0, 3, 0, 3], [1, 1, 2, 2], [3, 0, 0, 3]]
     assert [part.tolist() for part in make_pairs([[3, 1, 2.]], 9)] == [[0], [0], [1]]       # none with itself
     refused("scores are equal", usable_pairs, np.ones((2, 3)))
-    refused("are NaN among their scores: mend --reward", usable_pairs, np.array([[1, np.nan, 2], [0, 0, 0]]))
+    refused("scores are NaN or infinite: mend --reward", usable_pairs, np.array([[1, np.nan, 2], [0, 0, 0]]))
     assert best_of(scores).tolist() == [1, 0, 2, 1]
     refused("all rewards of a prompt are NaN", best_of, [[1.0, 2.0], [np.nan, np.nan]])
     assert ears.spearman(np.array([1, 2, 2, 4]), np.array([1, 3, 2, 9])) == pytest.approx(0.9486832980505138)

@@ -271,7 +271,7 @@ def band_statistics(mel, samples):
     change = mel.diff(dim=1).abs()
     around = pad(mel[None], (4, 4), mode="replicate")[0].unfold(1, 9, 1)              # (80, F, 9)
     beside = torch.minimum(around[..., :4].amax(-1), around[..., 5:].amax(-1))
-    dip = (beside - mel).clamp(min=0)                                                   # a gap
+    dip = (beside - mel).clamp(min=0)        # a gap
     quantiles = torch.quantile(mel, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]), dim=1)
     return torch.cat([*quantiles, change.mean(1), (change > 0.75).float().mean(1),
                       dip.mean(1), (dip > 1).float().mean(1)])

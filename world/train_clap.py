@@ -87,7 +87,7 @@ def new_clap(width, text_width, seed):
     encoder.batch_norm.running_var.fill_(900)
     # the position bias alone tells HTSAT before from after, late if it starts at the original's 0:
     # heads start with a bias to what is earlier, to what is later, and between
-    later = torch.arange(-7.0, 8).repeat(15)[:, None]                   # columns of query - key
+    later = torch.arange(-7.0, 8).repeat(15)[:, None]        # columns of query - key
     for stage in encoder.layers:
         for block in stage.blocks:
             table = block.attention.self.relative_position_bias_table   # (15 * 15, heads)
@@ -106,7 +106,7 @@ class ReadOut(nn.Module):
         self.hears = nn.Linear(audio_width, sounds)
         for layer in self.children():
             nn.init.zeros_(layer.weight)
-            nn.init.constant_(layer.bias, -4.0)                     # most is not there
+            nn.init.constant_(layer.bias, -4.0)        # most is not there
 
     def hearing(self, grid, activity, strikes):
         """Last grid (B, width, bands, T / 2), activity (B, T, K), strikes (B, T, Q) -> the loss."""
@@ -162,7 +162,7 @@ def texts_of(scenes, start, *seed):
 def augmented(mels, scenes, random):
     """Log-mels in dB (B, F, M), augmented -> them, activity (B, T, K), strikes (B, T, Q)."""
     activity, rate = default_collate([targets(scene) for scene in scenes])  # at 64 and 32 ms
-    images = mels.float().mT / 20                                           # its unit is 20 dB
+    images = mels.float().mT / 20        # its unit is 20 dB
     images, activity, rate = augment(images, activity.float(), rate.float(), random, 2)
     activity = activity.unflatten(1, (16, -1)).mean(2)
     return images.mT * 20, activity, rate.unflatten(1, (16, -1)).sum(2)
@@ -173,7 +173,7 @@ def embed(clap, mels, texts):
     audio (B, width), pooled texts (., width), the audio's last grid (B, width, bands, T / 2)."""
     towers = clap.clap
     for scale in (towers.logit_scale_a, towers.logit_scale_t):  # after each step, as CLIP:
-        scale.data.clamp_(max=math.log(100))                    # logits at most 100 cosines
+        scale.data.clamp_(max=math.log(100))        # logits at most 100 cosines
     longer = torch.zeros(len(mels), 1, dtype=torch.bool, device=mels.device)
     heard = towers.audio_model(input_features=mels[:, None], is_longer=longer)
     ids, mask = clap.tokenize(texts)

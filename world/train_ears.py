@@ -147,7 +147,7 @@ def augment(mel, activity, rate, random, mel_per_frame=4):
     for high, wide in ((3, 1), (1, 3), (1, 3)):
         padding = high // 2, wide // 2
         smooth = avg_pool2d(mel, (high, wide), 1, padding, count_include_pad=False)
-        share = draw(-1, 1).clamp(min=0)                            # none in half
+        share = draw(-1, 1).clamp(min=0)        # none in half
         mel = mel + share * (smooth - mel)
     noise = torch.randn(mel.shape, generator=random)
     mel = mel + noise * draw(-0.1, 0.1).clamp(min=0)

@@ -51,7 +51,7 @@ def true_quality(clean, damaged, log_mel):
 
 def with_hum(audio, level, rng):
     """Audio (samples,) with a hum of `level` times its loudness."""
-    k = np.arange(1, 9)[:, None]                            # harmonics
+    k = np.arange(1, 9)[:, None]        # harmonics
     phases = rng.uniform(0, 2 * np.pi, (8, 1))
     angles = 2 * np.pi * 120 * k * seconds(len(audio)) + phases
     hum = (np.sin(angles) / k).sum(0)
