@@ -214,7 +214,7 @@ def test_optimise_is_the_loop_by_hand(tmp_path, decay):
     for p, mean in zip(load_model(tmp_path).flow.parameters(), average):
         assert torch.allclose(p, mean, atol=1e-5)
     copy_weights(dict(enumerate(parameters)), average)
-    plain = training._replace(loss=loss._replace(dropout=0.0))
+    plain = training._replace(settings=loss._replace(dropout=0.0))
     assert losses == pytest.approx(crpo.loss_and_gradients(plain, [], range(5), "report"), rel=1e-3, abs=1e-4)
 
 
