@@ -292,7 +292,7 @@ def folder_clips(folder, count, rate, samples):
     """The first `count` sounds of a folder (N, samples). Raises UserError if there are fewer."""
     files = [path for path in sorted(Path(folder).glob("*")) if path.suffix in SOUND_SUFFIXES]
     if len(files) < count:
-        raise UserError(f"{folder} holds {len(files)} sounds for {count} prompts; check --clips")
+        raise UserError(f"{folder} holds {len(files)} sounds for {count} prompts: see --prompts")
     clips = [load_clip({"audio": path}, rate, 1, samples, "start")[0] for path in files[:count]]
     return torch.cat(clips)
 

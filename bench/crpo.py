@@ -49,8 +49,7 @@ STAGES = ("generate", "decode and score", "train", "whole iteration")
 def ours(folder, model, clap, prompts, settings, steps):
     """An iteration as crpo.py runs it -> {stage: seconds}. Its training saves as always."""
     clock = Clock()
-    count = settings.num_samples
-    block = settings.save_clips
+    count, block = settings.num_samples, settings.save_clips
     rows = [row for row in prompts for _ in range(count)]
     sampler = sampler_of(settings)
     latents = crpo.make_candidates(folder, model, rows, 0, sampler, block)
@@ -176,8 +175,8 @@ def main(argv=None):
             f"Seconds, medians of {args.repeats} rounds; x: times ours, with the range.")
     table = markdown(["way", *STAGES], comparison(runs, STAGES))
     title = "An iteration of CRPO against the official way of driving the same model"
-    command = command_line("-m bench.crpo", argv)
-    write_report(args.out, "bench_crpo", title, command, [text, table], {"runs": runs})
+    line = command_line("-m bench.crpo", argv)
+    write_report(args.out, "bench_crpo", title, line, [text, table], {"runs": runs})
     print("next: python crpo.py runs it")
 
 

@@ -101,7 +101,7 @@ def open_audio(path):
             raise ValueError(f"its header promises {file.frames} frames, more than it can hold")
         cut = re.search(r"\bdata : (\d+) \(should be (\d+)\)", file.extra_info)     # WAV, RF64, CAF
         promised, there = map(int, cut.groups()) if cut else (0, 0)
-        if there + 64 < 0.99 * promised < 2 ** 30:      # some count the header; from 1 GB: a stream
+        if there + 64 < 0.99 * promised < 2 ** 30:      # from 1 GB: a stream; 64: a header
             raise ValueError(f"it was cut off: {there} of {promised} bytes are there")
         yield file
 

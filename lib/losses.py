@@ -231,7 +231,7 @@ def grpo_loss(velocity, old, xt, target, t, A, settings):
 
 OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), for crpo and dpo
 DGPO_BETA = 100 / (16 * 64 * 64)        # the same of DGPO's official code, of images
-KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}     # dgpo: docs/log.md
+KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}  # dgpo: docs/log.md
 
 
 def with_defaults(settings, length, channels):

@@ -188,7 +188,8 @@ def fetch(hub_id, patterns, remedy="pass the path of a downloaded folder"):
 def model_folder(name, files=("config.json", "*.safetensors", "text_encoder/*")):
     """A local model folder as it is; else, of owner/name on the hub, its `files`. UserError."""
     folder = Path(name)
-    inside = max(folder.glob("*/tangoflux.safetensors"), key=os.path.getmtime, default=None)
+    some = "*_[0-9]*" if (folder / "config.json").exists() else "*"     # a run's
+    inside = max(folder.glob(f"{some}/tangoflux.safetensors"), key=os.path.getmtime, default=None)
     if inside and not (folder / "tangoflux.safetensors").exists():
         raise UserError(f"{folder} holds models, and is none: take {inside.parent}")
     if folder.is_dir():
