@@ -327,7 +327,7 @@ def main(argv=None):
             usual = fitting_seconds(row["prompt"], usual)
         seconds = row["duration"] = row["duration"] or args.duration or usual
         if seconds > config.max_duration:
-            raise UserError(f"{seconds} s of {row['prompt'][:40]}: at most {config.max_duration:g}")
+            raise UserError(f"{row['prompt'][:40]}: ask for at most {config.max_duration:g} s")
     rows = [row for row in rows for _ in range(args.num_samples)]
 
     # the files that they will be, and what they depend on
