@@ -41,12 +41,14 @@ COMMANDS = {                                                            # {comma
     "train_fm world": f"--muon 10 --train_text --scenes 66 --val_scenes 3 --train_steps 12 {TUNES}",
     "vae": "--config golden/vae_config.json --clips 3 --validation_clips 1 --batch_size 2 --train_steps 15 --crop_seconds 0.256 "
            f"{SAVES}",
-    "crpo": "--checkpoint golden/model --iterations 2 --prompts 3 --num_samples 2 --pool 9 --eval_prompts 2 --steps 1 "
+    "crpo": "--checkpoint golden/model --iterations 2 --prompts 3 --num_samples 2 --pool 9 --eval_prompts 2 --steps 2 "
             f"--batch_size 4 --epochs 5 --save_clips 2 {SAVES}",
     "expert_iteration": "--checkpoint golden/score --data golden/many.jsonl --ranker golden/ranker --cache cache --prompts 6 --keep 3 "
                         "--pool 12 --steps 1 --tuning_steps 5 --polish_steps 3 --save_every 2 --save_clips 4 --batch_size 4",
     "sample": "--checkpoint golden/model --prompt_file golden/prompts.txt --batch_size 2 --steps 4 --duration 1",
     "world.votes": "--codec golden/model --scenes 20 --takes 2 --votes 50"}
+for loss in ("dpo", "crpo --safeguard 0.9", "nft", "dgpo", "awm", "grpo"):
+    COMMANDS[f"crpo {loss}"] = f"{COMMANDS['crpo']} --loss {loss}"
 ENDS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "full disk": None}
 TIMES = {"minutes", "seconds"}                                          # of a row: never twice the same
 
@@ -222,6 +224,7 @@ def main():
     parser.add_argument("--kills", type=int, default=200, help="number of trials")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="number of one trial")
+    parser.add_argument("--commands", default=list(COMMANDS), nargs="+", choices=list(COMMANDS))
     args = parser.parse_args()
     warm_up(COMMANDS)
     counts, references, ends = Counter(), {}, list(ENDS)
@@ -235,7 +238,7 @@ def main():
         print(f"no full disk is tried, because no tmpfs can be mounted: {error}")
     for number in range(args.kills) if args.only is None else [args.only]:
         rng = random.Random(f"{args.seed} {number}")
-        command, end = list(COMMANDS)[number % len(COMMANDS)], rng.choice(["SIGKILL", "SIGKILL", *ends])
+        command, end = args.commands[number % len(args.commands)], rng.choice(["SIGKILL", "SIGKILL", *ends])
         if command not in references:
             references[command] = undisturbed(command, work)
         try:
@@ -249,7 +252,7 @@ def main():
             counts["failures"] += 1
             print(f"trial {number}, {command}, {end}: {'; '.join(wrong)}", flush=True)
     heads = [*ends, "ended first"]
-    print(markdown(["command", *heads], [[command, *[counts[command, head] for head in heads]] for command in COMMANDS]))
+    print(markdown(["command", *heads], [[command, *[counts[command, head] for head in heads]] for command in args.commands]))
     print(f"seed {args.seed}: {counts.total() - counts['failures']} trials, {counts['failures']} failures")
     sys.exit(bool(counts["failures"]))
 
