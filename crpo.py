@@ -302,7 +302,8 @@ def prompt_pool(prompt_file, size, count, max_duration):
         scenes = map(World("train", seed="crpo").scene, range(size))
         rows = [{"prompt": scene.prompt, "duration": scene.duration} for scene in scenes]
     if len(rows) < count:
-        raise UserError(f"--prompts {count} is more than the {len(rows)} of the pool")
+        raise UserError(f"--prompts {count} is more than the {len(rows)} of "
+                        f"{prompt_file or '--pool'}")
     for row in rows:
         row["duration"] = min(row["duration"] or default_duration(max_duration), max_duration)
     return rows

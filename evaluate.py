@@ -32,7 +32,8 @@ from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
 from reward import JUDGE, REWARD, load_clap, load_reward
 from sample import SAMPLER_FLAGS, Sampling, decode, sample_latents
-from world.ears import features, hear, load_tagger, probabilities, scores, tally_all
+from world.ears import (COLUMNS, features, hear, load_tagger, probabilities, scores,
+                        tally_all)
 from world.scenes import Scene, World, render_clips
 from world.sounds import CLIP_SAMPLES, SAMPLE_RATE
 
@@ -180,7 +181,12 @@ def gains(aligned, base, real, draws=1000, seed=0):
             interval = bootstrap(change, count, max(draws // 5, 1), seed)
             changes[name] = tuple(np.exp([whole, *interval]).tolist())
         elif name != "kl":
-            changes[name] = (whole, *bootstrap(change, count, draws, seed))
+            interval = bootstrap(change, count, draws, seed)
+            if name in ("order", "count"):
+                asked = real["tally"][:, COLUMNS.index(f"{name}ed")]        # (N,) how many
+                if np.count_nonzero(asked) < FEWEST:
+                    interval = [math.nan, math.nan]
+            changes[name] = (whole, *interval)
     return changes
 
 
@@ -300,7 +306,7 @@ def folder_clips(folder, count, rate, samples):
 def main(argv=None):
     args = parse_flags(__doc__, FLAGS, argv)
     out = Path(args.out)
-    name = Path(args.data).stem if args.data else "alignment"
+    name = Path(args.data).stem if args.data else "compared"
     check_writable(out / f"{name}.md", Path(args.cache) / "latents")
     device = choose_device(args.device)
     sampling = Sampling(args.steps, args.guidance_scale, args.solver, args.score)

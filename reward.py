@@ -187,6 +187,9 @@ def make_pairs(scores, per_prompt=1):
 def usable_pairs(rewards, per_prompt=1):
     """make_pairs, and a warning of the prompts that make none. UserError if none does."""
     pairs = make_pairs(rewards, per_prompt)
+    most = rewards.shape[1] // 2
+    if most < per_prompt:
+        warn(f"{rewards.shape[1]} clips of a prompt make {most} pairs, not {per_prompt}")
     missing = len(rewards) - len(set(pairs[0].tolist()))
     if missing == len(rewards):
         remedy = "their scores are equal: raise --num_samples or check --reward"

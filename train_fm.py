@@ -266,7 +266,7 @@ def world_data(args, codec, encoder, samples):
     cache = world_cache(folder, codec, "train", scenes, args.world_seed, samples, args.workers,
                         relations=tuple(args.relations), counted=args.counted, weak=args.weak,
                         only=only)
-    folder = f"{args.cache}_val" if args.cache else f"cache/world_val{names}"
+    folder = f"{args.cache}_val" if args.cache else f"cache/world_val{names}_{args.val_scenes}"
     held = world_cache(folder, codec, "val", args.val_scenes, 0, samples, args.workers, only=only)
     text = encoder, args.max_text_length, not args.train_text
     return prepare(cache, cache.kept, *text), prepare(held, held.kept, *text)

@@ -39,7 +39,11 @@ class Official:
         self.config = read_json(folder / "config.json", dict)
         width = self.config["joint_attention_dim"]
         self.model = nn.Module()
-        self.model.transformer = transformer_of(self.config)
+        settings = {name: self.config[name] for name in SHARED}
+        axes = tuple(self.config.get("axes_dims_rope", (16, 56, 56)))
+        self.model.transformer = FluxTransformer2DModel(
+            guidance_embeds=False, axes_dims_rope=axes, pooled_projection_dim=width,
+            **settings)
         self.model.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU())
         self.model.duration_emebdder = DurationEmbedder(width, self.config["max_duration"])
         self.model.load_state_dict(load_tensors(folder / "tangoflux.safetensors"))
@@ -97,15 +101,6 @@ class Official:
         audio = self.vae.decode(latents.transpose(1, 2)).sample[0]
         self.clock("decode")
         return audio[:, :int(duration * self.vae.config.sampling_rate)]
-
-
-def transformer_of(config):
-    """A FluxTransformer2DModel of a model's config."""
-    from diffusers import FluxTransformer2DModel
-    settings = {name: config[name] for name in SHARED}
-    axes = tuple(config.get("axes_dims_rope", (16, 56, 56)))
-    return FluxTransformer2DModel(guidance_embeds=False, axes_dims_rope=axes,
-                                  pooled_projection_dim=config["joint_attention_dim"], **settings)
 
 
 def vae_of(folder):

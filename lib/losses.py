@@ -11,10 +11,10 @@
 
 Each takes, for rows of K clips of a prompt (K B clips: first clip 0 of all rows, then clip 1, ...),
 
-    velocity, old   (K B, L, C)  of the policy, and of the frozen policy as it came, the reference
+    velocity, old   (K B, L, C)  of the policy, and of the reference: frozen, as the iteration began
     xt, target      (K B, L, C)  x_t = (1-t) x_1 + t x_0 and v = x_0 - x_1, float32
     t               (K B,)
-    A               (B, K)       `advantages`; of pairs not used: clip 0 has won
+    A               (B, K)       `advantages`; not used by pairs, whose clip 0 is the winner
     settings                     by the names of crpo.py's flags
 
 and returns the loss, a mean over the clips, and {diagnostic: float}. E is a clip's mean squared
@@ -76,7 +76,7 @@ def safeguarded(loser, winner_miss, loser_miss, mu=0.9):
 def pair_loss(velocity, old, xt, target, t, A, settings):
     """L_CRPO of pairs, clip 0 the winner; --loss dpo: L_DPO-FM alone.
 
-    The KL (ours) is in units of the preference, which does not see both errors rise together."""
+    The KL (ours) is in units of the preference, which sees a difference: both errors could rise."""
     winner, loser = errors(velocity, target).chunk(2)                           # (B,) each
     reference = errors(old, target).chunk(2)
     if settings.safeguard is not None:

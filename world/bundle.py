@@ -1,26 +1,9 @@
-"""Copies the parts of runs into a model folder, in float16.
+"""Copies the parts of runs into a model folder, in float16 (the runs: docs/training.md).
 
-All of checkpoints/toy from seeds, in this order; a killed command goes on where it was:
-
-    python vae.py                                                           # runs/vae
-    python -m world.train_ears                                              # runs/tagger
-    python -m world.train_ears --which features                             # runs/tagger_features
-    python -m world.reader                                                  # runs/reader
-    python train_fm.py --codec runs/vae --text_encoder runs/reader          # runs/base
-    python train_fm.py --checkpoint runs/base --scenes 40000 --world_seed 1 --counted 0.7 \\
-        --relations 0.10 0.40 0.28 0.22 --cache cache/world_hard --train_steps 2500 --muon 10 \\
-        --learning_rate 1e-3 --warmup_steps 100 --seed 5 --out runs/clean
-    python train_fm.py --checkpoint runs/clean --weak 0.5 --scenes 40000 --world_seed 2 \\
-        --counted 0.7 --relations 0.10 0.40 0.28 0.22 --cache cache/world_weak --muon 10 \\
-        --train_steps 700 --learning_rate 1e-3 --warmup_steps 100 --seed 6 --out runs/weak
-    python -m world.train_ears --which quality --codec runs/vae             # runs/quality
-    python -m world.train_clap                                              # runs/clap_reward
-    python -m world.train_clap --seed 1 --width 104 --text_width 144 --out runs/clap_judge
     python -m world.bundle --flow runs/weak --tagger runs/tagger \\
         --tagger_features runs/tagger_features --tagger_quality runs/quality \\
         --clap_reward runs/clap_reward --clap_judge runs/clap_judge --out checkpoints/toy/base
     python -m world.bundle --flow runs/clean --parts_of ../base --out checkpoints/toy/clean
-    python crpo.py                                                          # runs/crpo
     python -m world.bundle --flow runs/crpo/iteration_5 --parts_of ../base \\
         --out checkpoints/toy/aligned
 """
