@@ -109,22 +109,12 @@ def closure(name, known):
 
 
 def main():
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
-    known = sources(root)
-    for name, path in known.items():
-        one = figures([path])
-        print(f"{name:28} {one['lines']:5} lines  {one['nodes'] / max(1, one['code lines']):4.1f} nodes a line  "
-              f"{one['characters'] / max(1, one['code lines']):3.0f} characters a line")
-    total = figures(known.values())
-    total["nodes a line"] = round(total["nodes"] / total["code lines"], 2)
-    total["characters a line"] = round(total["characters"] / total["code lines"], 1)
+    """Print the table above with a row of this project, or of FOLDER; then all its figures."""
+    total = figures(sources(*sys.argv[1:]).values())
+    nodes, characters = (total[what] / total["code lines"] for what in ("nodes", "characters"))
+    print(f"{__doc__}    {'this project':16} {nodes:.1f}   {characters:.1f}   {total['two comprehensions']}\n")
     for what, number in total.items():
-        print(f"{what:28} {number}")
-    print(f"{'the afternoon':28} {figures(known[name] for name in AFTERNOON)['lines']} lines")
-    for name in ("crpo", "sample", "train_fm"):
-        print(f"{'files that ' + name + '.py needs':28} {len(closure(name, known))}")
-    tests = list((root / "tests").glob("*.py"))
-    print(f"{'tests':28} {figures(tests)['lines']} lines")
+        print(f"{what:24} {number}")
 
 
 if __name__ == "__main__":
