@@ -172,12 +172,8 @@ def test_what_is_no_prompt_file_is_refused(tmp_path):
     ("m.jsonl", lines({"audio": "a.wav"}), "no column caption or captions, but .*audio.*; name its own by .* --caption_key"),
     ("m.csv", "caption,file\nrain,a.wav\n", "no column audio or location"),
     ("m.jsonl", lines({"audio": "a.wav", "caption": []}), "row 1 .* no caption"),
-    ("m.jsonl", lines({"audio": None, "caption": "x"}), "row 1 .* no audio"),
-    ("m.jsonl", '{"audio": "a.wav", "caption": "x", "duration": NaN}\n', "row 1 .* duration is nan"),
     ("m.csv", "audio,caption,duration\na.wav,x,long\n", "row 1 .* 'long'"),
-    ("m.csv", "audio,caption\na.wav,rain, then wind\n", "row 1 .* longer than the header"),
     ("m.csv", "audio,caption\n", "holds no rows"), ("m.json", "[]", "holds no rows"),
-    ("m.json", '[{"audio": "a.wav",', "cannot be used"), ("m.json", '["a.wav"]', "row 1 .* no object"),
     ("m.txt", "a.wav rain\nb.wav wind", "no column audio"), ("m.tsv", "a.wav\train", "must be a .jsonl, .json or .csv"),
 ])
 def test_wrong_manifests(clips, name, text, message):

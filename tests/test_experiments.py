@@ -35,10 +35,6 @@ def test_sounding_length():
     assert toy.sounding_length(clip, 1e-2) == pytest.approx(2.0)
 
 
-def test_a_derangement_leaves_nothing_in_its_place():
-    assert all((toy.derangement(number, 0) != np.arange(number)).all() for number in (2, 3, 50))
-
-
 SMALL = {"scenes": "--prompts 3 --seeds 2", "codec": "--prompts 3", "duration": "--num_samples 2",
          "steps": "--prompts 2", "text": "--prompts 3 --batch_size 2"}
 

@@ -124,7 +124,6 @@ def test_stft_loss_by_hand():
 
 
 def test_oobleck_learns_a_sound():
-    """The log-mel error of a chord halves, and every parameter has a gradient."""
     torch.manual_seed(0)
     codec = Oobleck(**{**SMALL, "downsampling_ratios": [4, 4, 4], "channel_multiples": [1, 2, 4],
                        "decoder_input_channels": 8, "audio_channels": 1})

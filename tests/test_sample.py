@@ -106,7 +106,6 @@ def model(folder):
 @pytest.mark.parametrize("negative", [None, "rain followed by wind and rain"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_row_depends_on_its_batch(model, solver, negative):
-    """Samples 3 and 0 of 8 unequal prompts equal the same samples alone."""
     durations = [0.1 + 0.05 * i for i in range(8)]
     options = dict(seed=7, sampling=Sampling(4, 4.5, solver, negative_prompt=negative))
     whole = sample_latents(model, PROMPTS, durations, **options)
