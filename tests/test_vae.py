@@ -10,7 +10,7 @@ from test_train_fm import state_of, stop_in_step
 
 import vae
 from lib.audio import write_wav
-from lib.common import generator, locked, read_json, read_jsonl, run_main, write_json, write_jsonl
+from lib.common import generator, locked, read_json, read_jsonl, write_json, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_OOBLECK = dict(encoder_hidden_size=4, downsampling_ratios=[4, 8, 8], channel_multiples=[1, 2, 2],
@@ -51,15 +51,12 @@ def test_broken_folders_are_one_line_errors(tmp_path):
     refused("must describe a codec", vae.load_codec, tmp_path)
 
 
-def test_batches_and_validation_depend_on_their_seeds_alone():
+def test_batches_depend_on_their_seeds_alone():
     examples = torch.arange(10 * 64, dtype=torch.float32).view(10, 1, 64)
     first, again, other = (vae.draw_batch(examples, 4, 16, 4, generator(0, "batch", step)) for step in (7, 7, 8))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (4, 1, 16) and (first[..., 0] % 4 == 0).all()
     assert vae.draw_batch(examples, 2, 999, 4, generator(0)).shape == (2, 1, 64)
-    codec, examples = vae.make_codec("mel", TINY_MEL), torch.randn(3, 80, 16)
-    first, again = (vae.validate(codec, examples, {"kl": 1.0}) for _ in range(2))
-    assert first == again
     rows = [{"audio": f"/sounds/{i // 2}.wav", "caption": str(i)} for i in range(80)]       # two captions each
     training, held_out = vae.split_clips(rows, 0)
     assert len({row["audio"] for row in training + held_out}) == len(training) + len(held_out) == 40 and held_out
@@ -72,15 +69,7 @@ def run(monkeypatch, out, *extra, codec="mel"):
     sizes = "--clips 2 --validation_clips 1 --batch_size 2 --warmup_steps 2 --log_every 3 --crop_seconds 0.256"
     monkeypatch.setattr(sys, "argv", ["vae.py", "--codec", codec, "--config", json.dumps(config), *sizes.split(),
                                       "--device", "cpu", "--out", str(out), *map(str, extra)])
-    run_main(vae.main)
-
-
-def error_of(monkeypatch, capsys, *arguments):
-    """What the command says on stderr, before it ends with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip()
+    vae.main()
 
 
 def unmoved(first, second):
@@ -88,7 +77,7 @@ def unmoved(first, second):
     return {name for name, tensor in second["weights"].items() if torch.equal(first["weights"][name], tensor)}
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     settings = "--steps", "12", "--save_every", "2", "--log_every", "5"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
@@ -112,21 +101,20 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [0, 5, 10, 12]
     assert (vae.load_codec(killed).latent_std != 1).all()
     for change in (("--seed", "1"), ("--steps", "13")):
-        assert "was started with" in error_of(monkeypatch, capsys, killed, *settings, *change)
+        refused("was started with", run, monkeypatch, killed, *settings, *change)
     (killed / "state.pt").unlink()
-    assert "holds a model but no state.pt" in error_of(monkeypatch, capsys, killed, *settings)
+    refused("holds a model but no state.pt", run, monkeypatch, killed, *settings)
 
 
-def test_a_signal_saves_and_a_second_run_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_and_a_second_run_is_refused(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(monkeypatch, whole, "--steps", "6")
     stop_in_step(monkeypatch, vae, 4, lambda: run(monkeypatch, parts, "--steps", "6"))
     assert state_of(parts)["step"] == 4 and not (parts / "vae.safetensors").exists()
     run(monkeypatch, parts, "--steps", "6")
     assert len(unmoved(state_of(whole), state_of(parts))) == len(state_of(whole)["weights"])
-    capsys.readouterr()
     with locked(tmp_path / "new"):
-        assert "new is in use by another process" in error_of(monkeypatch, capsys, tmp_path / "new")
+        refused("new is in use by another process", run, monkeypatch, tmp_path / "new")
 
 
 def test_oobleck_trains_in_the_same_loop_and_stops_in_time(tmp_path, monkeypatch, capsys):
@@ -158,13 +146,12 @@ def test_a_codec_learns_a_manifest_and_another_run_starts_from_it(tmp_path, monk
     assert config["vae_training"]["config"] == vae.load_codec(tmp_path / "run").config
 
 
-def test_an_unwritable_folder_is_told_before_any_work(monkeypatch, capsys):
+def test_an_unwritable_folder_is_told_before_any_work(monkeypatch):
     monkeypatch.setattr(vae, "make_codec", None)
-    assert "cannot write" in error_of(monkeypatch, capsys, "/proc/no")
+    refused("cannot write", run, monkeypatch, "/proc/no")
 
 
 @pytest.mark.parametrize("extra, message", [("--config nonsense", "nonsense"), ("--data nowhere.jsonl", "missing"),
                                             ("--checkpoint nowhere", "missing")])
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, extra, message):
-    said = error_of(monkeypatch, capsys, tmp_path, "--steps", "1", *extra.split())
-    assert len(said.splitlines()) == 1 and message in said
+def test_wrong_input_is_told(tmp_path, monkeypatch, extra, message):
+    refused(message, run, monkeypatch, tmp_path, "--steps", "1", *extra.split())
