@@ -63,6 +63,7 @@ def test_closed_forms():
     loss, parts = dpo_fm_loss(winner, loser, winner, loser)
     assert loss.item() == pytest.approx(np.log(2), rel=1e-6)                    # policy = reference
     assert parts["accuracy"] == 0 and parts["margin"] == 0                      # strictly above 0, as the official code
+    assert dpo_fm_loss(winner / 2, loser, winner, loser)[0] < np.log(2)         # a winner better than its reference
     both = crpo_loss(winner, loser, winner, loser)[0].item()
     assert both == pytest.approx(np.log(2) + winner.mean().item(), rel=1e-6)
     reference = torch.rand(2, 6, generator=generator(1))

@@ -159,6 +159,9 @@ def test_fresh_network_predicts_zero_and_learns_from_there(inputs):
     assert not out.any()
     (out - 1).square().mean().backward()
     assert flow.transformer.proj_out.weight.grad.abs().sum() > 0
+    weight = flow.transformer.transformer_blocks[0].attn.to_q.weight
+    assert 0.9 < weight.abs().max() / (6 / sum(weight.shape)) ** 0.5 <= 1         # Xavier uniform
+    assert not any(parameter.any() for name, parameter in flow.named_parameters() if name.endswith(".bias"))
 
 
 # ----------------------------------------------------------------------------- folders
