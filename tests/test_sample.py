@@ -3,7 +3,6 @@ import json
 import math
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from conftest import PICTURES, noise, refused, relative_error
 
 import sample
 from lib.audio import limited
-from lib.common import run_main
-from lib.text import concat_conditions, Condition, encode_prompts, make_text_encoder, null_condition
+from lib.text import Condition, encode_prompts, make_text_encoder
 from lib.weights import load_tensors, save_tensors
 from model import PRESETS, TangoFlux, load_model, save_model
 from sample import SOLVERS, Sampling, decode, sample_latents
@@ -39,11 +37,6 @@ def test_guidance_algebra():
     assert torch.equal(sample.guide(cond, uncond, 0.0), uncond)
     assert torch.allclose(sample.guide(cond, uncond, 1.0), cond, atol=1e-6)
     assert torch.allclose(sample.guide(cond, uncond, 3.0), 3 * cond - 2 * uncond, atol=1e-5)
-
-
-def test_noise_depends_on_seed_and_index_alone():
-    some = sample.noise_for(3, [5, 9], (4, 2))
-    assert torch.equal(some[1:], sample.noise_for(3, [9], (4, 2))) and not torch.equal(some[0], some[1])
 
 
 def test_official_sampler(parity):
@@ -131,20 +124,6 @@ def test_guidance_one_is_the_conditional_branch_and_a_negative_prompt_the_null(m
     assert torch.allclose(conditional[2], against[2], atol=1e-4)    # away from itself: nothing but the prompt
 
 
-def test_guidance_is_one_batch_null_first(model):
-    seen = []
-    spy = SimpleNamespace(transformer=lambda *given: seen.append(given) or given[0],
-                          condition_inputs=lambda condition: (condition.text, condition.duration))
-    condition = encode_prompts(model.text, PROMPTS[:2], torch.tensor([0.2, 0.5]))
-    null = null_condition(model.text, condition)
-    sample.guided_velocity(spy, condition, null, 2.0)(torch.zeros(2, 8, 6), torch.tensor(0.25))
-    (x, t, text, duration), = seen
-    assert x.shape == (4, 8, 6) and t.tolist() == [0.25] * 4
-    assert torch.equal(text, concat_conditions(null, condition).text)
-    assert torch.equal(duration, torch.tensor([0.2, 0.5, 0.2, 0.5]))
-    assert concat_conditions(null, condition).pooled_mask[:2].sum() == 2  # the end token alone
-
-
 def test_a_condition_without_a_mask_is_sampled(model, monkeypatch):
     """README's ablation of visible padding: encode_prompts gives None for the mask."""
     monkeypatch.setattr(sample, "encode_prompts", lambda *given: encode_prompts(*given)._replace(mask=None))
@@ -156,8 +135,6 @@ def test_decode_crops_to_the_duration(model):
     assert not latents.is_inference()                            # usable as training data
     whole = decode(model.codec, latents)
     cut = decode(model.codec, latents, [0.1, 0.25, 0.512], batch_size=2)
-    assert [audio.shape for audio in whole] == [(1, 8192)] * 3
-    assert [audio.shape for audio in cut] == [(1, 1600), (1, 4000), (1, 8192)]
     assert torch.equal(cut[1], whole[1][:, :4000])
 
 
@@ -165,14 +142,6 @@ def test_decode_crops_to_the_duration(model):
 
 def run(folder, *arguments):
     sample.main(["--checkpoint", str(folder), "--steps", "2", "--device", "cpu", *map(str, arguments)])
-
-
-def test_same_seed_same_file(folder, tmp_path, capsys):
-    for name, seed in (("a.wav", 3), ("b.wav", 3), ("c.wav", 4)):
-        run(folder, "--prompt", "rain", "--output", tmp_path / name, "--seed", seed, "--duration", 0.3)
-    first, second, other = ((tmp_path / name).read_bytes() for name in ("a.wav", "b.wav", "c.wav"))
-    assert first == second != other and len(first) == 44 + 2 * 4800
-    assert "wrote" in (out := capsys.readouterr().out) and "next:" in out
 
 
 def test_many_prompts_and_files(folder, tmp_path):
@@ -207,8 +176,8 @@ def test_best_of_keeps_the_clip_that_the_reward_scores_highest(folder, tmp_path,
 
 
 def test_what_is_there_is_kept_and_the_same_command_goes_on(folder, tmp_path, capsys):
-    """A killed command goes on; another seed, prompt or model never replaces what was made."""
-    some = "--prompt", "rain", "--num_samples", 3, "--duration", 0.3, "--batch_size", 1, "--output", tmp_path
+    """A killed command goes on; another seed, prompt or model never replaces what was made; batches change nothing."""
+    some = *"--prompt rain --num_samples 3 --duration 0.3 --batch_size 1 --dtype float32 --output".split(), tmp_path
     run(folder, *some)
     names = [f"000{i}_rain" for i in range(3)]
     first = {name: (tmp_path / f"{name}.wav").read_bytes() for name in names}
@@ -224,6 +193,10 @@ def test_what_is_there_is_kept_and_the_same_command_goes_on(folder, tmp_path, ca
     assert {name: (tmp_path / f"{name}.wav").read_bytes() for name in names} == first
     run(folder, *some, "--seed", 1)
     assert (tmp_path / "0000_rain.wav").read_bytes() == first["0000_rain"] != (tmp_path / "0000_rain_2.wav").read_bytes()
+    run(folder, *some, "--batch_size", 3, "--output", tmp_path / "three")
+    for name in names:
+        one, three = (sf.read(place / f"{name}.wav")[0] for place in (tmp_path, tmp_path / "three"))
+        assert np.abs(one - three).max() < 3 / 32767
 
 
 def test_another_codec_text_encoder_or_reward_is_another_sample(folder, tmp_path):
@@ -246,15 +219,6 @@ def test_a_new_solver_is_one_entry(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(SOLVERS, "midpoint", (lambda velocity, x, ts: x, 2))
     run(folder, "rain", "--prompt", "wind", "--solver", "midpoint", "--duration", 0.3, "--output", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["0000_rain.wav", "0001_wind.wav"]
-
-
-def test_batches_do_not_change_a_sample(folder, tmp_path):
-    for size in (1, 3):
-        run(folder, "--prompt", "rain", "--num_samples", 3, "--batch_size", size, "--dtype", "float32",
-            "--duration", 0.3, "--output", tmp_path / str(size))
-    for name in ("0000_rain.wav", "0002_rain.wav"):
-        one, three = (sf.read(tmp_path / size / name)[0] for size in ("1", "3"))
-        assert np.abs(one - three).max() < 3 / 32767
 
 
 def test_file_names_keep_letters_of_any_script():
@@ -283,20 +247,13 @@ def test_odd_prompts_warn(folder, tmp_path, capsys, monkeypatch):
     ("--duration 0", "must lie between"), ("--duration 99", "at most 0.512 s"), ("--num_samples 0", "--num_samples: 0"),
     ("--best_of 0", "--best_of: 0"), ("--first_index -1", "--first_index: -1"),
     ("--prompt_file missing.txt", "missing.txt is missing"), ("--prompt_file empty.txt", "holds no rows"),
-    ("--prompt_file rows.jsonl", "has no column prompt"), ("--prompt_file nan.jsonl", "nan.jsonl cannot"),
-    ("--prompt_file binary.txt", "binary.txt line 1 holds the byte 0xff"), ("--output a.mp3", "only WAV files"),
-    ("--output empty.txt/inside", "cannot write"), ("--num_samples 2 --output one.wav", "is one file"),
+    ("--output a.mp3", "only WAV files"), ("--output empty.txt/inside", "cannot write"),
+    ("--num_samples 2 --output one.wav", "is one file"),
     ("--solver foo", "there are euler, heun"), ("--checkpoint nowhere", "nowhere is missing"), ("--device abacus", "abacus")])
-def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_input_is_one_line(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("empty.txt", b"\n  \n"), ("rows.jsonl", b'{"text": "rain"}\n'),
-                          ("nan.jsonl", b'{"prompt": "rain", "duration": NaN}\n'), ("binary.txt", b"\xff\xfe\x00\x80")):
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit) as exit_info:
-        run_main(lambda: run(folder, *arguments.split()))
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    refused(re.escape(message), run, folder, *arguments.split())
     assert not list(tmp_path.rglob("*.wav"))
 
 
