@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY_MEL, noise, planted, relative_error
 from test_crpo import CPU, MODEL, opposite_sides, settings
-from test_train_fm import of_scored, of_tiny, parts_and_data, state_of, tiny  # noqa: F401  (a fixture)
+from test_train_fm import of_tiny, parts_and_data, state_of, tiny  # noqa: F401  (a fixture)
 
 import crpo
 import evaluate
@@ -15,21 +15,14 @@ import sample
 import train_fm
 import vae
 from lib import audio, common, fast
-from lib.common import generator, read_jsonl, write_jsonl
+from lib.common import generator, read_jsonl
 from lib.mel import MelVAE
-from lib.weights import Muon, copy_weights, load_tensors, save_tensors, trainable
+from lib.weights import copy_weights, load_tensors, trainable
 from model import load_model
 from ranker import Ranker, as_mono, ranknet_loss
 from world import train_clap, train_ranker, votes as poll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def test_a_solver_asks_for_the_velocity_at_the_right_t():
-    """dx/dt = 2 t from t = 1 down to 0: Heun is exact; Euler takes the slope of the beginning of each step."""
-    for solver, end in ((sample.euler, 1 - 2 * (1 + 0.75 + 0.5 + 0.25) / 4), (sample.heun, 0.0)):
-        reached = solver(lambda x, t: 2 * t.expand_as(x), torch.ones(1), sample.schedule(4))
-        assert reached.item() == pytest.approx(end, abs=1e-6)
 
 
 def test_the_best_of_some_clips_is_never_one_without_a_reward(capsys):
@@ -46,13 +39,6 @@ def test_roundings():
     assert [clip.shape[-1] for clip in sample.decode(codec, torch.zeros(3, 6, 1), [0.19, 1.79, 0.01])] == [1, 17, 1]
     assert [common.value_of(text, int, 1, 3) for text in ("1", "3")] == [1, 3]
     assert audio.ClapMel.starts(None, 9) == [1, 4, 7]                   # the middles of three thirds
-
-
-def test_guidance_below_one_needs_the_null_too():
-    text = load_model(MODEL, parts=("text",)).text
-    for scale in (0.0, 0.5, 1.0, 3.0):
-        (_, null), = sample.encode_conditions(text, ["rain"], [1.0], sample.Sampling(guidance_scale=scale))
-        assert (null is None) == (scale == 1)
 
 
 def test_attention_written_out_for_16_bits_is_torchs_own():
@@ -150,28 +136,6 @@ def test_the_official_null_hides_text_and_duration_of_dropped_rows_alone(tiny, t
     assert not zeros[batch.drop_text].any() and torch.equal(zeros[1], kept[1]) and kept.abs().amax((1, 2)).min() > 0
     whole = flow.condition_inputs(train_fm.text_condition(encoder, batch._replace(drop_text=torch.zeros(4).bool())))
     assert torch.allclose(pooled, whole[1], atol=1e-5) and torch.equal(t, batch.t)             # the pooled text stays
-
-
-def test_experts_are_oversampled_as_asked_and_keep_their_scores(tiny, tmp_path):  # noqa: F811
-    _, _, _, plain, _ = parts_and_data(of_scored(tiny, tmp_path))
-    shape = plain.cache.mean.shape[1:]
-    save_tensors(tmp_path / "experts.safetensors", {"latents": torch.zeros(2, *shape).half()})
-    write_jsonl(tmp_path / "experts.jsonl", [{"prompt": "wind", "duration": 1.0, "score": at} for at in (7.0, 8.0)])
-    flow, _, _, mixed, _ = parts_and_data(of_scored(tiny, tmp_path, experts=tmp_path, oversample=3))
-    assert sorted(mixed.rows.tolist()) == sorted([*plain.rows.tolist(), *3 * [8, 9]])
-    known = [*np.arange(8) / 2, 7.0, 8.0]
-    assert mixed.scores.tolist() == known
-    assert [flow.config["score_mean"], flow.config["score_std"]] == pytest.approx([np.mean(known), np.std(known)])
-
-
-def test_muon_moves_tall_matrices_by_the_root_of_their_shape():
-    """As torch's: sqrt(rows / columns) times the rate where that is above 1; the movement, not the weight, is compared."""
-    for shape in ((24, 6), (6, 24)):
-        ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
-        for p, kind in ((ours, Muon), (theirs, torch.optim.Muon)):
-            p.grad = noise(*shape)
-            kind([p], lr=0.1, weight_decay=0.0).step()
-        assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 def crpo_training(rows, tensors, loss, micro_batch):

@@ -23,7 +23,7 @@ from world.train_clap import new_clap
 @pytest.mark.parametrize("solver, order", [(sample.euler, 1), (sample.heun, 2)])
 def test_solvers_converge_at_their_order(solver, order):
     one, times = torch.ones(1, dtype=torch.float64), [sample.schedule(steps).double() for steps in (64, 128)]
-    coarse, fine = (abs(solver(lambda x, t: 2 * x, one, ts) - math.exp(-2)) for ts in times)     # dx/dt = 2x
+    coarse, fine = (abs(solver(lambda x, t: 2 * t * x, one, ts) - math.exp(-1)) for ts in times)     # dx/dt = 2tx
     assert (coarse / fine).log2().item() == pytest.approx(order, abs=0.1)
     # x_t = (1-t) data + t noise has the constant velocity noise - data: one step reaches the data
     data, start = noise(2, 3, 5, 4)
@@ -119,6 +119,7 @@ def test_guidance_one_is_the_conditional_branch_and_a_negative_prompt_the_null(m
     conditional = sampled(model, PROMPTS[:3], guidance_scale=1)
     nearly = sampled(model, PROMPTS[:3], guidance_scale=1 + 1e-6)
     assert torch.allclose(conditional, nearly, atol=1e-4) and (plain - conditional).abs().max() > 1e-2
+    assert (sampled(model, PROMPTS[:3], guidance_scale=0.5) - conditional).abs().max() > 1e-2       # below 1, too
     against = sampled(model, PROMPTS[:3], negative_prompt=PROMPTS[2])
     assert (plain - against)[:2].abs().max() > 1e-3
     assert torch.allclose(conditional[2], against[2], atol=1e-4)    # away from itself: nothing but the prompt

@@ -382,11 +382,14 @@ def test_latents_of_experts_join_the_mixture(tiny, tmp_path):
     latents = torch.arange(2 * shape[0] * shape[1]).reshape(2, *shape).half() / 64
     save_tensors(tmp_path / "experts.safetensors", {"latents": latents})
     write_jsonl(tmp_path / "experts.jsonl", [{"prompt": "wind", "duration": 1.0, "score": at} for at in (7.0, 8.0)])
-    _, _, _, mixed, held = parts_and_data(of_scored(tiny, tmp_path, experts=tmp_path))
-    assert len(mixed.rows) == len(plain.rows) + 10 and not set(held.rows) & set(mixed.rows)
+    flow, _, _, mixed, held = parts_and_data(of_scored(tiny, tmp_path, experts=tmp_path, oversample=3))
+    assert sorted(mixed.rows.tolist()) == sorted([*plain.rows.tolist(), *3 * [8, 9]])
+    assert not set(held.rows) & set(mixed.rows)
     mean, std = (part[np.array([8, 9, 0])] for part in (mixed.cache.mean, mixed.cache.std))
     assert np.array_equal(mean[:2], latents) and np.array_equal(mean[2], plain.cache.mean[0]) and not std[:2].any()
-    assert mixed.scores[8:].tolist() == [7.0, 8.0] and mixed.cache.key != plain.cache.key
+    known = [*np.arange(8) / 2, 7.0, 8.0]
+    assert mixed.scores.tolist() == known and mixed.cache.key != plain.cache.key
+    assert [flow.config["score_mean"], flow.config["score_std"]] == pytest.approx([np.mean(known), np.std(known)])
     only = parts_and_data(of_scored(tiny, tmp_path, experts=tmp_path, experts_only=True))[3]
     assert only.rows.tolist() == [8, 9]
 
