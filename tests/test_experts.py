@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill_at, refused, same_file
+from conftest import kill_at, refused, same_file
+from test_crpo import CPU, MODEL, rows_of
 
 import crpo
 import expert_iteration
@@ -12,8 +13,6 @@ from expert_iteration import best_places, z_blend
 from lib.common import derive_seed, locked, parse_flags, pick, read_json, read_jsonl
 from lib.weights import load_tensors
 from model import load_model
-
-MODEL = str(ROOT / "tests" / "golden" / "model")
 
 
 def test_the_blend_weighs_both_alike_and_keeps_the_best():
@@ -98,10 +97,7 @@ def test_stage_3_runs_v1_weights_as_v2(chain, whole, tmp_path):
     moved = [name for name, p in made.state_dict().items() if not torch.equal(p, before.state_dict()[name])]
     assert any("score_embed.linear_2" in name for name in moved) and len(moved) > 20
     loss = pick(crpo.Loss, parse_flags("", crpo.FLAGS, [], small))
-    pairs = {"hidden": torch.zeros(1, 3, 16), "mask": torch.ones(1, 3).bool(), "duration": torch.ones(2),
-             "text": torch.zeros(2, dtype=torch.long), "advantage": torch.ones(2, 2)}
-    pairs |= {"mean": torch.zeros(2, 2, 4, 4), "std": torch.zeros(2, 2, 4, 4)}
-    batch, _ = crpo.draw_rows(pairs, range(400), loss, 0, torch.device("cpu"))
+    batch, _ = crpo.draw_rows(rows_of(torch.zeros(2, 2, 4, 4)), range(400), loss, 0, CPU)
     lost = batch.score.isnan()
     assert lost[batch.drop_text].all() and 0.05 < lost[~batch.drop_text].float().mean() < 0.16
     assert (batch.score[~lost] == 1.5).all()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise, refused
-from test_crpo import CPU, MODEL, claps, opposite_sides, run, settings  # noqa: F401
+from test_crpo import CPU, MODEL, claps, opposite_sides, rows_of, run, settings  # noqa: F401
 
 import crpo
 from crpo import interpolate
@@ -60,28 +60,15 @@ def test_advantages_are_in_deviations_and_cut():
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_the_order_of_clips_and_the_scale_of_rewards_do_not_matter(name):
+def test_the_order_of_clips_does_not_matter(name):
     old, xt, target, t, _ = inputs()
     rewards, velocity = noise(3, 4), old + 0.1 * noise(*old.shape)
     value = losses.LOSSES[name](velocity, old, xt, target, t, advantages(rewards), HOW)[0]
-    other = losses.LOSSES[name](velocity, old, xt, target, t, advantages(3 * rewards + 7), HOW)[0]
-    assert torch.allclose(value, other, atol=1e-5)
     place = torch.arange(12).view(4, 3)                                         # clip k of row b: 3 k + b
     order = place[[2, 0, 3, 1]].flatten()
     again = [each[order] for each in (velocity, old, xt, target, t)]
     same = losses.LOSSES[name](*again, advantages(rewards[:, [2, 0, 3, 1]]), HOW)[0]
     assert torch.allclose(value, same, atol=1e-6)
-
-
-def test_a_step_down_lowers_good_clips_errors_and_raises_bad_ones():
-    old, xt, target, t, A = inputs()
-    for name in GROUPED:
-        after = old - 20 * gradient(name, old, old, xt, target, t, A)
-        change = losses.errors(after, target) - losses.errors(old, target)
-        assert (change * A.T.flatten() < 0).all(), name
-        _, parts = losses.LOSSES[name](after, old, xt, target, t, A, HOW)
-        assert parts["accuracy"] == 1 and parts["winner"] < parts["reference_winner"]
-        assert parts["loser"] > parts["reference_loser"] and parts["drift"] > 0
 
 
 def test_nft_with_a_small_b_is_a_weighted_regression():
@@ -249,9 +236,9 @@ def test_a_preference_is_learned_from_all_clips(tmp_path, loss):
 
 def test_each_row_keeps_its_own_prompt_seconds_clips_and_advantages():
     number = torch.arange(5.0)
-    data = {"hidden": number[:, None, None].expand(5, 3, 8), "mask": torch.ones(5, 3).bool(), "text": torch.arange(5),
-            "duration": number, "advantage": torch.stack([number, number + 0.5], 1)}
-    data |= {"mean": torch.stack([number, number + 0.5], 1)[:, :, None, None].expand(5, 2, 4, 2), "std": torch.zeros(5, 2, 4, 2)}
+    both = torch.stack([number, number + 0.5], 1)
+    data = rows_of(both[:, :, None, None].expand(5, 2, 4, 2), hidden=number[:, None, None].expand(5, 3, 8), duration=number,
+                   advantage=both)
     batch, A = crpo.draw_rows(data, range(3, 7), settings()[0], 0, CPU)
     own = batch.x1[:4, 0, 0]
     assert len(set(own.tolist())) > 2 and torch.equal(batch.x1[4:, 0, 0], own + 0.5)
@@ -285,6 +272,8 @@ def test_pair_loss_has_dpo_alone_and_holds_the_loser_back():
     assert torch.equal(free[:6], held[:6]) and held[6:].norm() < free[6:].norm()        # losers alone
     plain, kl = (losses.pair_loss(old + 0.1, old, xt, target, t, A, how._replace(kl_weight=weight)) for weight in (0, 0.4))
     assert (kl[0] - plain[0]).item() == pytest.approx(0.4 * 50 * 0.01, rel=1e-3) and kl[1]["drift"] == pytest.approx(0.01)
+    tenth = how._replace(kl_weight=0.4, reduction="sum", beta=how.beta / 10)            # L C = 10; L_FM stays a mean
+    assert losses.pair_loss(old + 0.1, old, xt, target, t, A, tenth)[0].item() == pytest.approx(kl[0].item(), rel=1e-5)
 
 
 def test_defaults_follow_from_the_loss_and_the_size(capsys):
@@ -307,12 +296,11 @@ def test_losses_refuse_what_they_cannot_learn_from(claps, tmp_path):            
 
 def test_a_reward_of_a_file(claps, tmp_path):                                           # noqa: F811
     code = "import torch\ndef dark(audios, rate, prompts):\n    return [-float(a.diff().abs().mean()) for a in audios]\n"
-    (tmp_path / "mine.py").write_text(code + "def one(*_):\n    return 1.0\ndef bad(*_):\n    raise KeyError('x')\n")
+    (tmp_path / "mine.py").write_text(code)
     mine = str(tmp_path / "mine.py")
     run(claps, tmp_path / "a", reward=f"{mine}:dark", iterations=1, epochs=1)
     scored = read_jsonl(tmp_path / "a" / "iteration_1" / "scores.jsonl")
     assert all(row["reward"] < 0 for row in scored)
-    for name, what in (("one", "its scores of 2 clips are"), ("bad", "must give a number"), ("none", "must define none")):
-        refused(what, run, claps, tmp_path / name, reward=f"{mine}:{name}", iterations=1)
+    refused("must define none", run, claps, tmp_path / "none", reward=f"{mine}:none", iterations=1)
     (tmp_path / "mine.py").write_text(code + "\n")
     refused("was started with other files at --reward", run, claps, tmp_path / "a", reward=f"{mine}:dark", iterations=1, epochs=1)
