@@ -10,7 +10,6 @@ import soundfile
 import torch
 from conftest import ROOT, TINY_OFFICIAL, noise, relative_error
 from safetensors.torch import save_file
-from test_oobleck import same_codec
 
 import crpo
 import sample
@@ -19,7 +18,7 @@ from bench.full_size import random_folder
 from bench.official import Official
 from lib.common import BASE, read_json, write_json, write_jsonl
 from lib.fast import quicken
-from lib.oobleck import Oobleck
+from lib.oobleck import Oobleck, kl
 from lib.text import encode_prompts, make_text_encoder
 from lib.weights import load_tensors, save_tensors
 from model import PRESETS, TangoFlux, load_model, save_model
@@ -166,6 +165,16 @@ def middle(tmp_path_factory):
                         decoder_channels=32, decoder_input_channels=16, sampling_rate=960)
     save_model(folder, flow, codec, make_text_encoder(" ".join(PROMPTS).split(), 96, 2, 4, 128))
     return folder
+
+
+def same_codec(codec, peer, audio):
+    """The codec gives the numbers of diffusers' AutoencoderOobleck."""
+    with torch.no_grad():
+        mean, std = codec.encode(audio)
+        posterior = peer.encode(audio).latent_dist
+        pairs = ((mean.mT, posterior.mean), (std.mT, posterior.std), (kl(mean, std), posterior.kl()),
+                 (codec.decode(mean), peer.decode(posterior.mean).sample))
+        assert all(relative_error(ours, theirs) < 1e-5 for ours, theirs in pairs)
 
 
 def diffusers_velocity(transformer, latents, t, text, pooled):
