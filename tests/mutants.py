@@ -211,7 +211,7 @@ MUTANTS = {
         ("own", "target.norm(dim=(1, 2))\n", "ours.norm(dim=(1, 2))\n", "oobleck"),
     ],
     "lib/text.py": [
-        ("own", "(positions == 0).repeat(len(lengths), 1)", "(positions <= 1).repeat(len(lengths), 1)", "text"),
+        ("own", "(positions == 0).repeat(len(lengths), 1)", "(positions <= 1).repeat(len(lengths), 1)", "model"),
         ("own", "clamp(min=ids.shape[1])", "clamp(max=ids.shape[1])", "sample model"),
         ("own", "score = null_score(condition.score)", "score = condition.score", "score"),
     ],

@@ -42,10 +42,12 @@ def test_roundings():
 
 
 def test_attention_written_out_for_16_bits_is_torchs_own():
-    q, k, v = 2 * noise(3, 2, 2, 5, 8)
+    given = (2 * noise(3, 2, 2, 5, 8)).requires_grad_()                 # q, k, v
     visible = torch.tensor([[True, True, True, False, False], 5 * [True]])
-    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible[:, None, None])
-    assert relative_error(fast.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), visible).float(), exact) < 0.03
+    exact = torch.nn.functional.scaled_dot_product_attention(*given, visible[:, None, None])
+    ours = fast.attention(*given.bfloat16(), visible).float()
+    assert relative_error(ours, exact) < 0.03
+    assert relative_error(*(torch.autograd.grad(each.square().sum(), given)[0] for each in (ours, exact))) < 0.1
 
 
 def by_hand(parameters, rates, loss_of, clip, ema, betas, weight_decay):

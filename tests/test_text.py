@@ -4,7 +4,7 @@ import torch
 from conftest import refused, relative_error
 
 from lib.text import (END, TIED, TextEncoder, load_text, look_both_ways, make_t5, make_text_encoder, make_tokenizer,
-                      null_tokens, warn_of_unknown_words)
+                      warn_of_unknown_words)
 from lib.weights import load_tensors, save_tensors
 
 WORDS = ["rain", "a", "violin", "followed", "by", "then", "wind", "church-organ", "beeps", "and", "three"]
@@ -63,12 +63,6 @@ def test_long_prompts_are_cut_and_unknown_words_told(encoder, capsys):
     assert 'They stand in "a Viollin and rein", "a viol".' in told
     warn_of_unknown_words(encoder, ["A church-organ (followed by) RAIN...", ""], ["rain"])
     assert capsys.readouterr().err == ""
-
-
-def test_the_null_text_has_each_rows_own_length():
-    ids, attention, visible = null_tokens(torch.tensor([3, 1, 5]))
-    assert ids.tolist() == [[END, 0, 0, 0, 0]] * 3 and ids.dtype == torch.long
-    assert attention.sum(1).tolist() == [1, 1, 1] and visible.sum(1).tolist() == [3, 1, 5]
 
 
 def test_a_new_text_encoder_tells_word_order_apart():
