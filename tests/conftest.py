@@ -20,6 +20,8 @@ PICTURES = importlib.util.find_spec("matplotlib") is not None
 TINY = dict(num_layers=1, num_single_layers=1, in_channels=4, attention_head_dim=8, num_attention_heads=2,
             joint_attention_dim=16, audio_seq_len=64, max_duration=4.096, axes_dims_rope=[2, 2, 4])
 TINY_MEL = dict(data_dim=80, embed_dim=4, hidden_dim=8, ch_mult=[1, 1, 1], num_res_blocks=1, attn_layers=[], down_layers=[0, 1])
+TINY_OOBLECK = dict(encoder_hidden_size=4, downsampling_ratios=[4, 8, 8], channel_multiples=[1, 2, 2],
+                    decoder_channels=4, decoder_input_channels=4, audio_channels=1, sampling_rate=16000)
 TINY_OFFICIAL = dict(                           # of bench.full_size.random_folder
     flow=dict(num_layers=1, num_single_layers=1, in_channels=4, attention_head_dim=16, num_attention_heads=2,
               joint_attention_dim=32, audio_seq_len=24, max_duration=1.0, axes_dims_rope=[4, 6, 6]),
@@ -74,6 +76,19 @@ def refused(match, call, *arguments, **more):
     from lib.common import UserError
     with pytest.raises(UserError, match=match):
         call(*arguments, **more)
+
+
+def overwrite(path, place, value):
+    """Put these bytes into a file."""
+    content = bytearray(path.read_bytes())
+    content[place:place + len(value)] = value
+    path.write_bytes(content)
+
+
+def tiny_tagger(seed=0):
+    from world.ears import Tagger
+    torch.manual_seed(seed)
+    return Tagger(["hum", "click", "whistle"], ["click"], 24, 1)
 
 
 def small_judges(folder):

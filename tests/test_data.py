@@ -13,7 +13,7 @@ import torch
 
 import data
 import vae
-from conftest import PICTURES, TINY_MEL, refused
+from conftest import PICTURES, TINY_MEL, overwrite, refused
 from lib.audio import read_audio, write_wav
 from lib.common import UserError, locked, read_jsonl, run_main
 from lib.mel import MelVAE
@@ -465,9 +465,7 @@ def test_preview_of_the_world_and_of_a_manifest(tmp_path, monkeypatch, capsys):
 def test_preview_skips_a_sound_that_is_damaged_in_its_middle(clips, monkeypatch, capsys):
     rate = np.random.default_rng(0).standard_normal(64000) * 0.1
     soundfile.write(clips / "damaged.flac", rate, 16000)
-    content = bytearray((clips / "damaged.flac").read_bytes())
-    content[len(content) // 2:len(content) // 2 + 200] = bytes(200)
-    (clips / "damaged.flac").write_bytes(content)
+    overwrite(clips / "damaged.flac", (clips / "damaged.flac").stat().st_size // 2, bytes(200))
     write(clips, "m.jsonl", lines(OURS[0], {"audio": "damaged.flac", "caption": "x"}, OURS[1]))
     run(monkeypatch, "--data", clips / "m.jsonl", "--out", clips / "out")
     errors = capsys.readouterr().err

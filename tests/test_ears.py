@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, tiny_tagger
 
 from lib.common import BASE, generator
 from world import ears
@@ -68,13 +68,8 @@ def test_strikes_are_counted(frames, doubt):
     assert reading["click"].count == max(1, len(frames))
 
 
-def tiny():
-    torch.manual_seed(0)
-    return ears.Tagger(EVENTS, COUNTABLE, 24, 1)
-
-
 def test_saved_and_loaded(tmp_path, capsys):
-    tagger = tiny().eval()
+    tagger = tiny_tagger().eval()
     tagger.thresholds = [0.3, 0.4, 0.55]
     ears.save_tagger(tmp_path / "tagger.safetensors", tagger)
     loaded = ears.load_tagger(tmp_path)
@@ -90,7 +85,7 @@ def test_saved_and_loaded(tmp_path, capsys):
 
 def test_broken_files_are_one_line_errors(tmp_path):
     torch.save({}, tmp_path / "other.safetensors")
-    tagger = tiny()
+    tagger = tiny_tagger()
     tagger.width = "wide"
     ears.save_tagger(tmp_path / "odd.safetensors", tagger)
     for path, what in ((tmp_path / "nowhere.safetensors", "missing"),
@@ -101,7 +96,7 @@ def test_broken_files_are_one_line_errors(tmp_path):
 
 
 def test_hearing_does_not_depend_on_the_batch():
-    tagger = tiny().eval()
+    tagger = tiny_tagger().eval()
     tagger.thresholds = [0.0] * 3
     audio = torch.randn(3, 65536, generator=generator("test")) * 0.1
     for whole, alone in zip(ears.probabilities(tagger, audio), ears.probabilities(tagger, audio[1:2].numpy())):

@@ -24,7 +24,7 @@ import reward
 import sample
 import train_fm
 from bench import full_size
-from conftest import ROOT, TINY, TINY_OFFICIAL, noise, planted
+from conftest import ROOT, TINY, TINY_OFFICIAL, TINY_OOBLECK, noise, planted, tiny_tagger
 from data import open_cache, prepare, world_cache
 from experiments import toy
 from lib import audio as sound, fast, mel, oobleck, text, weights
@@ -40,8 +40,6 @@ VALUES = {**load_file(HERE / "golden.safetensors"), **FROZEN["values"]}         
 VALUES["ranker.report"].pop("sources")          # accuracies of each source: gone on purpose
 GONE = ("negative_and_cropped.cropped", "files.two", "tallies.match", "numbers.ridge", "numbers.damage",
         "numbers.paired_t")                     # on purpose, with what they measure
-TINY_OOBLECK = dict(encoder_hidden_size=4, downsampling_ratios=[4, 8, 8], channel_multiples=[1, 2, 2],
-                    decoder_channels=4, decoder_input_channels=4, audio_channels=1, sampling_rate=16000)
 
 
 @cache
@@ -228,8 +226,7 @@ class Goldens:
         return {"rows": rows.tolist(), "scores": ears.scores(rows), "bootstrap": intervals(rows[:, None])}
 
     def tagger_training():
-        torch.manual_seed(0)
-        network = ears.Tagger(["hum", "click", "whistle"], ["click"], 24, 1)
+        network = tiny_tagger()
         batch = noise(4, 80, 64) - 2.5, (noise(4, 16, 3, seed=1) > 1).float(), noise(4, 32, 1).abs() * 0.1
         parts = train_ears.tagger_loss(network(batch[0]), *batch[1:], torch.tensor([[1], [0], [2], [-1]]))
         loss = sum(parts.values())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import noise, refused
+from conftest import noise, overwrite, refused
 
 from lib.common import UserError
 from lib import audio
@@ -71,20 +71,13 @@ def test_read_audio_channels(tmp_path):
     assert audio.read_audio(tmp_path / "stereo.flac", 44100, 1).shape == (1, math.ceil(400 * 441 / 160))
 
 
-def header(path, place, value):
-    """Overwrite bytes of a file."""
-    content = bytearray(path.read_bytes())
-    content[place:place + len(value)] = value
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("seconds", [None, 0.1])
 def test_headers_that_cannot_be_true_are_refused(tmp_path, seconds):
     """Rates beyond 1 to 768 kHz, more frames than bytes can hold, pipes and devices: before memory is taken."""
     read, path = functools.partial(audio.read_audio, seconds=seconds), tmp_path / "a.wav"
     for rate, good in ((999, False), (1000, True), (768_000, True), (768_001, False), (99_999_989, False), (2 ** 31 - 1, False)):
         audio.write_wav(path, torch.full((1, 3000), 0.5), 16000)
-        header(path, 24, rate.to_bytes(4, "little"))
+        overwrite(path, 24, rate.to_bytes(4, "little"))
         if good:
             assert read(path, 16000, 1).numel()
         else:
@@ -92,11 +85,11 @@ def test_headers_that_cannot_be_true_are_refused(tmp_path, seconds):
     audio.write_wav(path, torch.full((1, 3000), 0.5), 16000)
     path.write_bytes(path.read_bytes()[:4044])
     refused("a.wav cannot be used: it was cut off: 4000 of 6000 bytes are there", read, path, 16000, 1)
-    header(path, 40, bytes([255] * 4))                              # of a stream, whose length nobody knew
+    overwrite(path, 40, bytes([255] * 4))                           # of a stream, whose length nobody knew
     assert read(path, 16000, 1).numel()
     flac = tmp_path / "a.flac"
     soundfile.write(flac, np.full(16000, 0.5), 16000)
-    header(flac, 8 + 14, (2 ** 32 - 1).to_bytes(4, "big"))          # of 36 bits of STREAMINFO the last 32
+    overwrite(flac, 8 + 14, (2 ** 32 - 1).to_bytes(4, "big"))       # of 36 bits of STREAMINFO the last 32
     refused("promises 4294967295 frames, more than it can hold", read, flac, 16000, 1)
     flac.write_bytes(flac.read_bytes() + bytes(2 ** 19))            # now the file is long enough to be believed
     refused("a.flac cannot be used", read, flac, 16000, 1)
@@ -112,7 +105,7 @@ def test_the_end_is_tried_before_a_whole_file_is_read(tmp_path, monkeypatch):
     """A FLAC may promise 16 GB in a few MB: the memory is taken only once its last frame was there."""
     flac, asked = tmp_path / "a.flac", []
     soundfile.write(flac, np.random.default_rng(0).standard_normal(48000) * 0.1, 16000)
-    header(flac, 8 + 14, (2 ** 29).to_bytes(4, "big"))
+    overwrite(flac, 8 + 14, (2 ** 29).to_bytes(4, "big"))
     original = audio.read_frames
     monkeypatch.setattr(audio, "read_frames", lambda file, frames: [asked.append(frames), original(file, frames)][1])
     refused("a.flac cannot be used", audio.read_audio, flac, 16000, 1)

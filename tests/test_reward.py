@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import PARITY, planted, refused, relative_error
+from conftest import PARITY, overwrite, planted, refused, relative_error
 
 import ranker
 import reward
@@ -183,9 +183,7 @@ def test_a_sound_damaged_in_its_middle_is_left_out_and_changed_sounds_are_heard_
         sound = read_audio(sounds / "votes" / row["audio"], 16000, 1)
         soundfile.write(tmp_path / f"{number}.flac", sound[0].numpy() + (number == 1) * 0.01, 16000)
         rows[number] = {"audio": f"{number}.flac", "caption": row["caption"], "number": number}
-    content = bytearray((tmp_path / "1.flac").read_bytes())
-    content[len(content) // 2:len(content) // 2 + 200] = bytes(200)
-    (tmp_path / "1.flac").write_bytes(content)
+    overwrite(tmp_path / "1.flac", (tmp_path / "1.flac").stat().st_size // 2, bytes(200))
     write_jsonl(tmp_path / "m.jsonl", rows)
 
     def scores():

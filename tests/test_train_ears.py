@@ -6,20 +6,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, tiny_tagger
 from test_train_fm import stop_in_step
 
 from lib.common import UserError, generator, locked, read_jsonl
 from lib.weights import make_optimizer
 from world import train_ears
-from world.ears import FILES, MEL_FLOOR, Tagger, load_tagger, quality, strike_times
+from world.ears import FILES, MEL_FLOOR, load_tagger, quality, strike_times
 from world.scenes import Scene, SceneEvent
 from world.sounds import COUNTABLE, EVENT_NAMES
-
-
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    return Tagger(["hum", "click", "whistle"], ["click"], 24, 1)
 
 
 def toy_scenes(number=96, frames=56):
@@ -92,21 +87,21 @@ def test_batches_are_epochs_without_repeats_and_need_no_strikes():
     assert sorted(drawn.tolist()) == list(range(20))
     assert not torch.equal(train_ears.batch_indices(3, 0, 20, 5), train_ears.batch_indices(3, 4, 20, 5))
     mel, activity, rate = (part.float() for part in toy_scenes(6))                    # learned where there are some:
-    assert train_ears.tagger_loss(tiny()(mel), activity, rate, torch.zeros(6, 1))["strikes"] == 0
+    assert train_ears.tagger_loss(tiny_tagger()(mel), activity, rate, torch.zeros(6, 1))["strikes"] == 0
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch):
     scenes, state = toy_scenes(8), tmp_path / "parts" / "state.pt"
-    whole, parts, again = tiny(), tiny(), tiny(seed=1)
+    whole, parts, again = tiny_tagger(), tiny_tagger(), tiny_tagger(seed=1)
     monkeypatch.setattr(train_ears, "EVERY", 2)
     fit(whole, scenes, tmp_path / "whole", 5, 2)
     with pytest.raises(KeyboardInterrupt):
         fit(parts, scenes, tmp_path / "parts", 5, 2, killed_at=3)
-    refused("started with batch_size = 2, now it is 4", fit, tiny(), scenes, tmp_path / "parts", 5, 4)
+    refused("started with batch_size = 2, now it is 4", fit, tiny_tagger(), scenes, tmp_path / "parts", 5, 4)
     fit(again, scenes, tmp_path / "parts", 5, 2)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
     assert read_jsonl(tmp_path / "whole" / "log.jsonl") == read_jsonl(tmp_path / "parts" / "log.jsonl")
-    stop_in_step(monkeypatch, train_ears, 3, lambda: fit(tiny(), scenes, tmp_path / "signal", 5, 2))
+    stop_in_step(monkeypatch, train_ears, 3, lambda: fit(tiny_tagger(), scenes, tmp_path / "signal", 5, 2))
     fit(again, scenes, tmp_path / "signal", 5, 2)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
     state.write_bytes(b"torn")
@@ -115,15 +110,15 @@ def test_a_killed_run_goes_on_exactly(tmp_path, monkeypatch):
 
 def test_a_foreign_model_and_a_loss_that_is_not_finite_are_told_in_one_line(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    refused("holds a model but no state.pt", fit, tiny(), toy_scenes(8), tmp_path, 2, 2)
+    refused("holds a model but no state.pt", fit, tiny_tagger(), toy_scenes(8), tmp_path, 2, 2)
     mel, *truth = toy_scenes(8)
     with pytest.raises(UserError, match="step 0: the loss .* give a lower --learning_rate"):
-        fit(tiny(), [mel * float("nan"), *truth], tmp_path / "out", 2, 2)
+        fit(tiny_tagger(), [mel * float("nan"), *truth], tmp_path / "out", 2, 2)
     assert not (tmp_path / "out").exists()
 
 
 def test_two_events_and_their_counts_are_learned(tmp_path, monkeypatch):
-    scenes, model = toy_scenes(64), tiny()
+    scenes, model = toy_scenes(64), tiny_tagger()
     monkeypatch.setattr(train_ears, "augment", lambda *parts: parts[:3])
     fit(model, scenes, tmp_path, 80, 12, 5e-3)
     with torch.no_grad():

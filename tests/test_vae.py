@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_MEL, refused, relative_error
+from conftest import TINY_MEL, TINY_OOBLECK, refused, relative_error
 from test_mel import tone_clip
 from test_train_fm import state_of, stop_in_step
 
@@ -13,8 +13,6 @@ from lib.audio import write_wav
 from lib.common import generator, locked, read_json, read_jsonl, write_json, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY_OOBLECK = dict(encoder_hidden_size=4, downsampling_ratios=[4, 8, 8], channel_multiples=[1, 2, 2],
-                    decoder_channels=4, decoder_input_channels=4, audio_channels=1, sampling_rate=16000)
 
 
 @pytest.mark.parametrize("kind, config", [("mel", TINY_MEL), ("oobleck", TINY_OOBLECK)])
