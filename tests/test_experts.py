@@ -10,7 +10,7 @@ import expert_iteration
 import ranker
 import train_fm
 from expert_iteration import best_places, z_blend
-from lib.common import derive_seed, locked, parse_flags, pick, read_json, read_jsonl
+from lib.common import derive_seed, parse_flags, pick, read_json, read_jsonl
 from lib.weights import load_tensors
 from model import load_model
 
@@ -116,8 +116,3 @@ def test_wrong_input_is_one_line(chain, whole, monkeypatch, more, what):
     monkeypatch.chdir(chain)                                                            # where `whole` is
     refused(what, run, chain, **{"out": "out", **more})
     assert not (chain / "out").exists()
-
-
-def test_one_process_in_a_folder(chain, tmp_path):
-    with locked(tmp_path / "x"):
-        refused("x is in use by another process", run, chain, tmp_path / "x")

@@ -1,5 +1,6 @@
 """lib/common.py and lib/weights.py: errors, flags, files, settings, rates, Muon, the state of a run."""
 import errno
+import importlib
 import json
 import logging
 import math
@@ -194,6 +195,16 @@ def test_one_process_at_a_time_in_a_folder(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"new"}
     (tmp_path / "file").write_text("")
     refused("cannot write", locked(tmp_path / "file").__enter__)
+
+
+@pytest.mark.parametrize("name", "train_fm vae crpo expert_iteration world.votes world.reader world.train_clap world.train_ears "
+                         "world.train_ranker".split())
+def test_each_command_locks_its_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["x.py", "--out", "x", "--device", "cpu"])
+    with locked("x"):
+        refused("x is in use by another process", importlib.import_module(name).main)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_lock_that_its_holder_removed_is_none(tmp_path, monkeypatch):

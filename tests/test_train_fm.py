@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, TINY_MEL, kill_at, relative_error
 import train_fm
 from data import prepare
 from lib.audio import write_wav
-from lib.common import UserError, generator, locked, read_jsonl, write_jsonl
+from lib.common import UserError, generator, read_jsonl, write_jsonl
 from lib.text import Condition, encode_prompts, make_text_encoder, null_condition
 from lib.weights import load_tensors, make_optimizer, muon_takes, save_tensors, set_rate, trainable
 from model import PRESETS, TangoFlux, load_model, save_model
@@ -249,12 +249,6 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tiny, tmp_path, mon
     assert list(rows) == [0, 3, 4, 5, 6, 8]
     for first, last in pairwise(rows):
         assert rows[last] == pytest.approx(np.mean(losses[first + 1:last + 1]), rel=1e-6)
-
-
-def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fm, "load_all", None)
-    with locked(tmp_path / "r"), pytest.raises(UserError, match="r is in use by another process"):
-        run(of_tiny(tiny, tmp_path / "r"))
 
 
 def test_a_run_at_a_constant_rate_goes_on_longer(tiny, tmp_path):
