@@ -314,7 +314,7 @@ def main(argv=None):
     rows += read_prompts(args.prompt_file) if args.prompt_file else []
     rows = rows or [{"prompt": "a violin followed by rain", "duration": None}]
     if len(args.prompts) > 2 and " " not in "".join(args.prompts):
-        warn(f"{len(rows)} prompts of a word each: a sentence needs quotation marks")
+        warn(f"{len(args.prompts)} prompts of a word each: a sentence needs quotation marks")
     if not all(row["prompt"].strip() for row in rows):
         warn("an empty prompt asks for any sound at all")
     is_toy = config.max_duration == CLIP_SAMPLES / SAMPLE_RATE          # a model of the world

@@ -73,6 +73,9 @@ def test_gains_have_the_right_sign_and_pool_seeds():
         assert low > 0 and low < value < high and 0.3 < value < 0.5, name
     ratio, low, high = changes["frechet"]
     assert low < ratio < high < 1                            # nearer to the real scenes
+    real["tally"][7:, COLUMNS.index("counted")] = 0
+    changes = evaluate.gains(better, [base], real, draws=200)       # seven prompts count: "-", as in tables of few prompts
+    assert math.isnan(changes["count"][1]) and not math.isnan(changes["order"][1])
     values = evaluate.summary(base, real)
     assert values.keys() == evaluate.MEASURES.keys() and values["exact"] == scores(base["tally"])["exact"]
 

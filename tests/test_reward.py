@@ -104,13 +104,14 @@ def test_pairs_match_the_official_choice(parity):
     assert prompts.tolist() == list(range(len(winners)))
 
 
-def test_best_and_worst_ties_and_nan():
+def test_best_and_worst_ties_and_nan(capsys):
     scores = [[0.1, 0.5, 0.5, 0.0], [0.2, 0.2, 0.2, 0.2], [0.3, np.nan, 0.9, 0.1], [-1e-9, 0.0, 0.0, -1e-9]]
     pairs = [part.tolist() for part in make_pairs(scores)]
     assert pairs == [[0, 3], [1, 1], [3, 0]]                                    # the first of equals
     assert [part.tolist() for part in make_pairs(scores, 2)] == [[0, 3, 0, 3], [1, 1, 2, 2], [3, 0, 0, 3]]
     assert [part.tolist() for part in make_pairs([[3, 1, 2.]], 9)] == [[0], [0], [1]]       # none with itself
     refused("scores are equal", usable_pairs, np.ones((2, 3)))
+    assert len(usable_pairs(np.array([[1, 2, 3, 4.]]), 3)[0]) == 2 and "make 2 pairs, not 3" in capsys.readouterr().err
     refused("scores are NaN or infinite: mend --reward", usable_pairs, np.array([[1, np.nan, 2], [0, 0, 0]]))
     assert best_of(scores).tolist() == [1, 0, 2, 1]
     refused("all rewards of a prompt are NaN", best_of, [[1.0, 2.0], [np.nan, np.nan]])
