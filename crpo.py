@@ -72,8 +72,8 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          choices=list(LOSSES)),
     flag("--beta", None, "strength of the preference, of means over (L, C); none: 2000 at the "
          "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
-    flag("--pairs_per_prompt", 3, "pairs of a prompt: best and worst, then the next two (paper: 1)",
-         1),
+    flag("--pairs_per_prompt", 3, "pairs of a prompt, at most N / 2: best and worst, then the next "
+         "two (paper: 1)", 1),
     flag("--kl_weight", None, "weight of |v - old|^2, for pairs in units of half x beta; none: "
          "crpo 0.4, awm and dgpo 1, grpo 0.04, else 0 (paper: 0)", 0, kind=float),
     flag("--safeguard", None, "mu: a loser may undo 1 - mu of its winner's descent; none: all "

@@ -242,7 +242,7 @@ def alarms(name, losses, before, now):
     """One line for each known failure of an iteration; before, now: what the judges said."""
     lines = []
     risen = losses.get("winner", 0) > 1.05 * losses.get("reference_winner", 0)  # grpo: no errors
-    if losses["accuracy"] > 0.95 and risen:
+    if losses.get("accuracy", 0) > 0.95 and risen:
         lines.append(f"{name}: the winners' loss rose at an accuracy near 1: losers get worse; "
                      "raise --fm_weight or lower --beta, --learning_rate")
     if fooled(before, now):

@@ -256,6 +256,8 @@ def with_defaults(settings, length, channels):
     return settings
 
 
+# one of your own: a function as above in LOSSES; in PAIRS if it learns from winners and losers, as
+# others take all clips; in KL_WEIGHTS if it has a KL. crpo.py's alarms read its "accuracy"
 LOSSES = {"crpo": pair_loss, "dpo": pair_loss, "nft": nft_loss, "dgpo": dgpo_loss, "awm": awm_loss,
           "grpo": grpo_loss}
-PAIRS = ("crpo", "dpo")         # losses of winners and losers; others take all clips
+PAIRS = ("crpo", "dpo")
