@@ -76,7 +76,7 @@ def safeguarded(loser, winner_miss, loser_miss, mu=0.9):
 def pair_loss(velocity, old, xt, target, t, A, settings):
     """L_CRPO of pairs, clip 0 the winner; --loss dpo: L_DPO-FM alone.
 
-    The KL (ours) is in units of the preference, which sees a difference: both errors could rise."""
+    The preference sees a difference, so that both errors could rise; the KL (ours) has its unit."""
     winner, loser = errors(velocity, target).chunk(2)                           # (B,) each
     reference = errors(old, target).chunk(2)
     if settings.safeguard is not None:

@@ -290,7 +290,7 @@ def test_wrong_input_is_one_line(claps, whole, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("rain\n\n\nwind\n\n")                # empty lines are no prompts
     for more, what in (({"prompts": 50}, "--prompts 50 is more than the 40"),
                        ({"score": 1.0}, "needs a model with a score head"),
-                       ({"prompt_file": str(tmp_path / "prompts.txt")}, "more than the 2 of the pool"),
+                       ({"prompt_file": str(tmp_path / "prompts.txt")}, "more than the 2 of .*prompts.txt"),
                        ({"out": whole[0], "beta": 5.0}, "started with beta = None, now it is 5.0")):
         refused(what, run, claps, **{"out": tmp_path / "out", **more})
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -109,7 +109,7 @@ def test_stage_3_runs_v1_weights_as_v2(chain, whole, tmp_path):
 @pytest.mark.parametrize("more, what", [
     ({"checkpoint": MODEL}, "needs a model with a score head"),
     ({"ranker": "nowhere"}, "ranker.safetensors is missing"), ({"data": "nowhere.jsonl"}, "nowhere.jsonl is missing"),
-    ({"prompts": 41}, "is more than the 40 of the pool"), ({"keep": 9.0}, "--keep 9 is more than --prompts 8"),
+    ({"prompts": 41}, "is more than the 40 of --pool"), ({"keep": 9.0}, "--keep 9 is more than --prompts 8"),
     ({"out": "score"}, "score holds a run of train_fm.py"), ({"cache": "out"}, "out holds the latents"),
     ({"score": 1.0, "out": "experts"}, "was started with score = 1.5, now it is 1.0")])
 def test_wrong_input_is_one_line(chain, whole, monkeypatch, more, what):

@@ -28,7 +28,7 @@ def test_the_house_is_small():
     assert max(lines.values()) < 500, max(lines, key=lines.get)
     # what is reached; it may rise with a feature only (last: --events, silent). The aims: 8,500, 5,000
     assert sum(lines.values()) <= 10662
-    assert figures((ROOT / "tests").glob("*.py"))["lines"] <= 7445
+    assert figures((ROOT / "tests").glob("*.py"))["lines"] <= 7448
 
 
 def test_lines_are_plain():

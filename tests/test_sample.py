@@ -25,6 +25,9 @@ def test_solvers_converge_at_their_order(solver, order):
     one, times = torch.ones(1, dtype=torch.float64), [sample.schedule(steps).double() for steps in (64, 128)]
     coarse, fine = (abs(solver(lambda x, t: 2 * t * x, one, ts) - math.exp(-1)) for ts in times)     # dx/dt = 2tx
     assert (coarse / fine).log2().item() == pytest.approx(order, abs=0.1)
+    # dx/dt = 2t: Euler takes the slope of each step's beginning
+    reached = sample.euler(lambda x, t: 2 * t.expand_as(x), torch.ones(1), sample.schedule(4))
+    assert reached.item() == pytest.approx(1 - 2 * (1 + 0.75 + 0.5 + 0.25) / 4)
     # x_t = (1-t) data + t noise has the constant velocity noise - data: one step reaches the data
     data, start = noise(2, 3, 5, 4)
     for steps in (1, 3, 25):
