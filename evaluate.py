@@ -32,8 +32,7 @@ from lib.weights import code_hash, load_tensors, module_hash, save_tensors
 from model import load_model
 from reward import JUDGE, REWARD, load_clap, load_reward
 from sample import SAMPLER_FLAGS, Sampling, decode, sample_latents
-from world.ears import (COLUMNS, features, hear, load_tagger, probabilities, scores,
-                        tally_all)
+from world.ears import COLUMNS, features, hear, load_tagger, probabilities, scores, tally_all
 from world.scenes import Scene, World, render_clips
 from world.sounds import CLIP_SAMPLES, SAMPLE_RATE
 
