@@ -44,7 +44,7 @@ from lib.common import (BASE, DEVICE, DTYPE, UserError, append_jsonl, autocast_f
                         pick, read_json, read_jsonl, reading, relative_to_here, run_main,
                         side_by_side, stop_on_signal, warn, whole_blocks, write_json, write_jsonl,
                         write_report)
-from lib.losses import LOSSES, PAIRS, noisy_path, path_step, with_defaults
+from lib.losses import LOSSES, noisy_path, path_step, with_defaults
 from lib.text import null_score
 from lib.weights import (average_decay, code_hash, copy_weights, draw_log, learning_rate, links,
                          load_state, load_tensors, make_optimizer, module_hash, policy_hash,
@@ -199,7 +199,8 @@ def piece_loss(training, parameters, seed, count, positions):
             t = batch.t
             xt, target = interpolate(batch.x1, batch.x0, t)
         velocity, old = two_velocities(flow, reference, xt, t, condition)
-        loss, parts = LOSSES[settings.loss](velocity, old, xt, target, t, advantage, settings)
+        loss_of, _ = LOSSES[settings.loss]
+        loss, parts = loss_of(velocity, old, xt, target, t, advantage, settings)
         share = len(positions) / count
         gradients = torch.autograd.grad(loss * share, parameters) if parameters else []
     return {"loss": loss.item(), **parts}, gradients
@@ -379,8 +380,9 @@ def begin(path, command, flags, policy, judges):
 def run(command="crpo.run(...)", **settings):
     """All iterations; settings: flags by name -> the numbers of crpo.json (evaluate.compare)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("crpo.py is one process: start it by python crpo.py, without torchrun")
+        raise UserError("crpo.py is one process: start it without torchrun")
     args = parse_flags(__doc__, FLAGS, [], settings)
+    _, takes = LOSSES[args.loss]
     out, device = Path(args.out), choose_device(args.device)
     with run_folder(out, "crpo.py"):
         judges = Judges(args.reward, args.judge, args.tagger, device)
@@ -399,7 +401,7 @@ def run(command="crpo.run(...)", **settings):
                  "--guidance_scale 4.5 --num_samples 5 --pairs_per_prompt 1 --kl_weight 0")
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")
-        if args.pairs and (args.shuffle or args.loss not in PAIRS):
+        if args.pairs and (args.shuffle or takes != "pairs"):
             raise UserError("--pairs has no clips to shuffle or to group: leave out --shuffle and "
                             f"--loss {args.loss}")
         if args.loss == "grpo" and (args.offline or args.steps < 2):
@@ -427,7 +429,7 @@ def run(command="crpo.run(...)", **settings):
             source = out / "iteration_1" if args.offline else folder
             seed = args.seed * 1000 + k
             if not (folder / "report.json").is_file():
-                if args.loss in PAIRS and (source / "pairs.safetensors").is_file():
+                if takes == "pairs" and (source / "pairs.safetensors").is_file():
                     rows = read_jsonl(source / "pairs.jsonl")
                     tensors = load_tensors(source / "pairs.safetensors")
                 elif args.pairs:
@@ -447,11 +449,11 @@ def run(command="crpo.run(...)", **settings):
                         scored = shuffled(scored, args.num_samples, f"{args.seed} {source.name}")
 
                     # the best and the worst, or all with their advantages
-                    if args.loss in PAIRS:
+                    if takes == "pairs":
                         rows, tensors = pairs_of(source, scored, latents, args.num_samples,
                                                  args.pairs_per_prompt)
                     else:
-                        size = args.num_samples if args.loss == "dgpo" else 1
+                        size = args.num_samples if takes == "groups" else 1
                         rows, tensors = groups_of(scored, latents, args.num_samples, size)
 
                 # the next policy prefers the winners

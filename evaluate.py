@@ -89,10 +89,10 @@ def kl_divergence(generated, reference, smallest=1e-6):
     return (log_p.exp() * (log_p - (q + smallest).log())).sum(-1).numpy()
 
 
-def bootstrap(statistic, count, draws=1000, seed=0):
+def bootstrap(statistic, count, draws=1000, seed=0, asking=FEWEST):
     """95 % interval [low, high] of statistic(rows), `count` rows drawn anew; NaN is left out.
-    Of fewer than FEWEST rows NaN: they would lie too close together."""
-    if count < FEWEST:
+    Of fewer than FEWEST rows, `asking` for it, NaN: they would lie too close together."""
+    if min(count, asking) < FEWEST:
         return [math.nan, math.nan]
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(count, size=count)) for _ in range(draws)]
@@ -180,12 +180,10 @@ def gains(aligned, base, real, draws=1000, seed=0):
             interval = bootstrap(change, count, max(draws // 5, 1), seed)
             changes[name] = tuple(np.exp([whole, *interval]).tolist())
         elif name != "kl":
-            interval = bootstrap(change, count, draws, seed)
+            asking = count
             if name in ("order", "count"):
-                asked = real["tally"][:, COLUMNS.index(f"{name}ed")]        # (N,) how many
-                if np.count_nonzero(asked) < FEWEST:
-                    interval = [math.nan, math.nan]
-            changes[name] = (whole, *interval)
+                asking = np.count_nonzero(real["tally"][:, COLUMNS.index(f"{name}ed")])
+            changes[name] = (whole, *bootstrap(change, count, draws, seed, asking))
     return changes
 
 

@@ -117,7 +117,7 @@ def room_of(candidates, count):
     above = rewards[:, :, None] > rewards[:, None]    # (M, N, N)
     pairs = exact[:, :, None] * (1 - exact[:, None])            # an exact clip and one that is not
     with np.errstate(invalid="ignore"):
-        ranked = (above * pairs).sum((1, 2)) / pairs.sum((1, 2))                        # NaN: none
+        ranked = (above * pairs).sum((1, 2)) / pairs.sum((1, 2))    # NaN: none
     return {"one clip": exact.mean(1), f"best of {count} by truth": exact.max(1),
             f"best of {count} by the reward": exact[rows, best_of(rewards)],
             "exact above not": ranked}
@@ -142,9 +142,9 @@ def room_table(rooms, draws):
 
 # ----------------------------------------------------------------------------- runs of crpo.py
 
-def share_candidates(source, folder, rewards=None):
+def share_candidates(source, folder, rewards_of=None):
     """Begin the run `folder` with what the run `source` judged and sampled in its iteration 1.
-    rewards (M N,): in the place of the scores there."""
+    rewards_of() -> (M N,): in the place of the scores there."""
     if (folder / "iteration_1" / "scores.jsonl").is_file() or folder == source:
         return
     for name in ("real.safetensors", "base.safetensors", "iteration_1/prompts.jsonl",
@@ -152,7 +152,7 @@ def share_candidates(source, folder, rewards=None):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / name, folder / name)
     rows = read_jsonl(source / "iteration_1" / "scores.jsonl")
-    for row, reward in zip(rows, [] if rewards is None else rewards):
+    for row, reward in zip(rows, rewards_of() if rewards_of else []):
         row["reward"] = float(reward)
     write_jsonl(folder / "iteration_1" / "scores.jsonl", rows)
 
@@ -192,12 +192,13 @@ def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, dra
         rooms[name] = room_of(candidates_of(judges, model, scenes, count, sampler), count)
         first = Path(runs) / f"{name}_clap_{betas[0]:g}"
         for reward in sorted({*rewards, "clap"}, key=REWARDS.index):    # that one samples
+            source = first
+            if reward == "truth":   # once for all betas
+                source = Path(runs) / f"{name}_truth_{betas[0]:g}"
+                share_candidates(first, source, lambda: true_rewards(first, base, tagger, device))
             for beta in betas:
                 folder = Path(runs) / f"{name}_{reward}_{beta:g}"
-                scores = None
-                if reward == "truth":
-                    scores = true_rewards(first, base, tagger, device)
-                share_candidates(first, folder, scores)
+                share_candidates(source, folder)
                 crpo.run(f"room: {folder.name}", out=str(folder), checkpoint=base, iterations=1,
                          seed=seed, beta=beta, shuffle=reward == "shuffled", **loop, **PAIRED)
                 sets = judged_sets(folder, 1)
@@ -215,12 +216,12 @@ def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, dra
 
 def methods(loop, base, losses, iterations, seeds, runs, draws, out, **_):
     """Every loss, `iterations` times from the same base, over seeds: means, bands, intervals."""
-    finished = {name: [] for name in losses}            # {loss: [the folder of each seed]}
+    finished = {name: [] for name in losses}    # {loss: [the folder of each seed]}
     for seed in seeds:
-        first = None                                    # whose first candidates the others take
+        first = None    # whose first candidates the others take
         for name in losses:
             folder = Path(runs) / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-            if METHODS[name]["loss"] != "grpo":         # which samples paths of its own
+            if METHODS[name]["loss"] != "grpo":     # which samples paths of its own
                 first = first or folder
                 share_candidates(first, folder)
             crpo.run(f"methods: {folder.name}", out=str(folder), checkpoint=base, seed=seed,
@@ -310,7 +311,7 @@ def progress(judges, device, runs, control, clean, draws, seed, out, **_):
     _, scenes = render_clips(World("val", pairs="all"), places)
     sampler = sampler_of(Namespace(**config))
     dtype, _ = choose_dtype(config["dtype"], device)
-    model = load_model(clean, device, dtype)                        # in the precision of the runs
+    model = load_model(clean, device, dtype)    # in the precision of the runs
     heard = held_out_clips(model, scenes, config["noise"], sampler)
     levels = {"real scenes": summary(real, real),
               "true captions": summary(judges.judge(heard, scenes), real)}

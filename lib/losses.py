@@ -250,14 +250,13 @@ def with_defaults(settings, length, channels):
     if settings.beta is None:
         strength = DGPO_BETA if name == "dgpo" else OFFICIAL_BETA
         settings = settings._replace(beta=strength * size)
-    if name in PAIRS:
+    if LOSSES[name][1] == "pairs":
         print(f"beta {settings.beta:.6g}: {settings.half * settings.beta / size:.3g} per squared "
               f"error, summed over {length} x {channels} (official: {OFFICIAL_BETA / 2:.3g})")
     return settings
 
 
-# one of your own: a function as above in LOSSES; in PAIRS if it learns from winners and losers, as
-# others take all clips; in KL_WEIGHTS if it has a KL. crpo.py's alarms read its "accuracy"
-LOSSES = {"crpo": pair_loss, "dpo": pair_loss, "nft": nft_loss, "dgpo": dgpo_loss, "awm": awm_loss,
-          "grpo": grpo_loss}
-PAIRS = ("crpo", "dpo")
+# and what a row is: a winner and a loser, one clip, or all clips of a prompt. One of your own: an
+# entry here, and in KL_WEIGHTS if it has a KL. crpo.py's alarms read its "accuracy"
+LOSSES = {"crpo": (pair_loss, "pairs"), "dpo": (pair_loss, "pairs"), "nft": (nft_loss, "clips"),
+          "awm": (awm_loss, "clips"), "grpo": (grpo_loss, "clips"), "dgpo": (dgpo_loss, "groups")}

@@ -294,7 +294,7 @@ def test_wrong_input_is_one_line(claps, whole, tmp_path, monkeypatch):
                        ({"out": whole[0], "beta": 5.0}, "started with beta = None, now it is 5.0")):
         refused(what, run, claps, **{"out": tmp_path / "out", **more})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("one process: start it by python", run, claps, tmp_path / "out")
+    refused("one process", run, claps, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 

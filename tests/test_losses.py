@@ -32,7 +32,7 @@ def inputs(rows=3, count=4, seed=0):
 
 def gradient(name, velocity, old, xt, target, t, A, how=HOW):
     velocity = velocity.clone().requires_grad_()
-    return torch.autograd.grad(losses.LOSSES[name](velocity, old, xt, target, t, A, how)[0], velocity)[0]
+    return torch.autograd.grad(losses.LOSSES[name][0](velocity, old, xt, target, t, A, how)[0], velocity)[0]
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -63,11 +63,11 @@ def test_advantages_are_in_deviations_and_cut():
 def test_the_order_of_clips_does_not_matter(name):
     old, xt, target, t, _ = inputs()
     rewards, velocity = noise(3, 4), old + 0.1 * noise(*old.shape)
-    value = losses.LOSSES[name](velocity, old, xt, target, t, advantages(rewards), HOW)[0]
+    value = losses.LOSSES[name][0](velocity, old, xt, target, t, advantages(rewards), HOW)[0]
     place = torch.arange(12).view(4, 3)                                         # clip k of row b: 3 k + b
     order = place[[2, 0, 3, 1]].flatten()
     again = [each[order] for each in (velocity, old, xt, target, t)]
-    same = losses.LOSSES[name](*again, advantages(rewards[:, [2, 0, 3, 1]]), HOW)[0]
+    same = losses.LOSSES[name][0](*again, advantages(rewards[:, [2, 0, 3, 1]]), HOW)[0]
     assert torch.allclose(value, same, atol=1e-6)
 
 
@@ -249,14 +249,14 @@ def test_each_row_keeps_its_own_prompt_seconds_clips_and_advantages():
 
 def test_the_policy_of_grpo_is_the_one_that_made_the_paths(claps, tmp_path, monkeypatch):       # noqa: F811
     """Under the prompt, without guidance: what a step added to its mean is standard noise."""
-    seen, original = [], losses.LOSSES["grpo"]
+    seen, original = [], losses.LOSSES["grpo"][0]
 
     def spy(velocity, old, xt, target, t, A, how):
         t = t[:, None, None]
         mean, deviation = noisy_step(old, xt, t, t - 1 / how.steps, how.sde_noise)
         seen.append(((target - mean) / deviation).flatten())
         return original(velocity, old, xt, target, t[:, 0, 0], A, how)
-    monkeypatch.setitem(losses.LOSSES, "grpo", spy)
+    monkeypatch.setitem(losses.LOSSES, "grpo", (spy, "clips"))
     run(claps, tmp_path / "a", loss="grpo", iterations=1, epochs=2, steps=4, guidance_scale=3.0)
     noises = torch.cat(seen)
     assert abs(noises.mean()) < 0.05 and abs(noises.std() - 1) < 0.03
