@@ -382,7 +382,7 @@ def run(command="crpo.run(...)", **settings):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("crpo.py is one process: start it without torchrun")
     args = parse_flags(__doc__, FLAGS, [], settings)
-    _, takes = LOSSES[args.loss]
+    _, kind = LOSSES[args.loss]
     out, device = Path(args.out), choose_device(args.device)
     with run_folder(out, "crpo.py"):
         judges = Judges(args.reward, args.judge, args.tagger, device)
@@ -401,7 +401,7 @@ def run(command="crpo.run(...)", **settings):
                  "--guidance_scale 4.5 --num_samples 5 --pairs_per_prompt 1 --kl_weight 0")
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")
-        if args.pairs and (args.shuffle or takes != "pairs"):
+        if args.pairs and (args.shuffle or kind != "pairs"):
             raise UserError("--pairs has no clips to shuffle or to group: leave out --shuffle and "
                             f"--loss {args.loss}")
         if args.loss == "grpo" and (args.offline or args.steps < 2):
@@ -429,7 +429,7 @@ def run(command="crpo.run(...)", **settings):
             source = out / "iteration_1" if args.offline else folder
             seed = args.seed * 1000 + k
             if not (folder / "report.json").is_file():
-                if takes == "pairs" and (source / "pairs.safetensors").is_file():
+                if kind == "pairs" and (source / "pairs.safetensors").is_file():
                     rows = read_jsonl(source / "pairs.jsonl")
                     tensors = load_tensors(source / "pairs.safetensors")
                 elif args.pairs:
@@ -449,11 +449,11 @@ def run(command="crpo.run(...)", **settings):
                         scored = shuffled(scored, args.num_samples, f"{args.seed} {source.name}")
 
                     # the best and the worst, or all with their advantages
-                    if takes == "pairs":
+                    if kind == "pairs":
                         rows, tensors = pairs_of(source, scored, latents, args.num_samples,
                                                  args.pairs_per_prompt)
                     else:
-                        size = args.num_samples if takes == "groups" else 1
+                        size = args.num_samples if kind == "groups" else 1
                         rows, tensors = groups_of(scored, latents, args.num_samples, size)
 
                 # the next policy prefers the winners

@@ -89,10 +89,10 @@ def kl_divergence(generated, reference, smallest=1e-6):
     return (log_p.exp() * (log_p - (q + smallest).log())).sum(-1).numpy()
 
 
-def bootstrap(statistic, count, draws=1000, seed=0, asking=FEWEST):
+def bootstrap(statistic, count, draws=1000, seed=0, asked=FEWEST):
     """95 % interval [low, high] of statistic(rows), `count` rows drawn anew; NaN is left out.
-    Of fewer than FEWEST rows, `asking` for it, NaN: they would lie too close together."""
-    if min(count, asking) < FEWEST:
+    asked: how many of them ask for what is measured, if not all. Below FEWEST NaN: too narrow."""
+    if min(count, asked) < FEWEST:
         return [math.nan, math.nan]
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(count, size=count)) for _ in range(draws)]
@@ -180,10 +180,10 @@ def gains(aligned, base, real, draws=1000, seed=0):
             interval = bootstrap(change, count, max(draws // 5, 1), seed)
             changes[name] = tuple(np.exp([whole, *interval]).tolist())
         elif name != "kl":
-            asking = count
+            asked = count
             if name in ("order", "count"):
-                asking = np.count_nonzero(real["tally"][:, COLUMNS.index(f"{name}ed")])
-            changes[name] = (whole, *bootstrap(change, count, draws, seed, asking))
+                asked = np.count_nonzero(real["tally"][:, COLUMNS.index(f"{name}ed")])
+            changes[name] = (whole, *bootstrap(change, count, draws, seed, asked))
     return changes
 
 

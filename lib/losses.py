@@ -256,7 +256,7 @@ def with_defaults(settings, length, channels):
     return settings
 
 
-# and what a row is: a winner and a loser, one clip, or all clips of a prompt. One of your own: an
-# entry here, and in KL_WEIGHTS if it has a KL. crpo.py's alarms read its "accuracy"
+# each loss and its rows: "pairs" (winner, loser), single "clips", or "groups" of a prompt's N. One of
+# your own: an entry here, and in KL_WEIGHTS if it has a KL. crpo.py's alarms read its "accuracy"
 LOSSES = {"crpo": (pair_loss, "pairs"), "dpo": (pair_loss, "pairs"), "nft": (nft_loss, "clips"),
           "awm": (awm_loss, "clips"), "grpo": (grpo_loss, "clips"), "dgpo": (dgpo_loss, "groups")}
