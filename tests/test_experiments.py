@@ -106,9 +106,9 @@ def test_the_room_of_a_base(place, monkeypatch):  # noqa: F811
     monkeypatch.setattr(alignment, "truth", lambda tallies: np.arange(len(tallies)) % 7)        # these ears hear nothing
     text, numbers = run_alignment(place, monkeypatch, "room", "--bases", str(place / "a"), "--betas", "149", "20", *TINY)
     assert "a, truth, beta 149" in text and "best of 3 by truth" in text
-    rewards = {name: [row["reward"] for row in read_jsonl(place / "runs" / f"a_{name}" / "iteration_1" / "scores.jsonl")]
-               for name in ("clap_149", "shuffled_20", "truth_149", "truth_20")}
-    assert rewards["shuffled_20"] == rewards["clap_149"] != rewards["truth_149"] == rewards["truth_20"]
+    paths = sorted((place / "runs").glob("a_*/iteration_1/scores.jsonl"))       # clap, shuffled, truth: each at 149, 20
+    clap, _, shuffled, _, truth, again = ([row["reward"] for row in read_jsonl(path)] for path in paths)
+    assert shuffled == clap != truth == again and min(truth) >= 0
     pairs = [read_jsonl(place / "runs" / f"a_{name}_149" / "iteration_1" / "pairs.jsonl") for name in ("clap", "shuffled")]
     assert [row["reward_winner"] for row in pairs[0]] == [row["reward_winner"] for row in pairs[1]] and pairs[0] != pairs[1]
 
