@@ -11,7 +11,8 @@ run ends with the same bits. Clip i is made from (seed, i); in bfloat16, on its 
 Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEAN errors over (L, C), as in the code (Eq. 2: sums, no 0.5:
     --reduction sum --half 1). A mean is 1/(L C) of the sum, so an equally strong beta grows
-    with L C: 2000 at the code's 645 x 64 is 149 at the toy's 64 x 48; L_FM stays a mean (Eq. 5);
+    with L C: 2000 at the code's 645 x 64 is 149 at the toy's 64 x 48. Ours is 20 there, and L_FM,
+    a mean (Eq. 5), weighs 0.1: docs/log.md (as the paper: --beta 149 --fm_weight 1);
   - t is logit-normal, as the code (Eq. 2: uniform), but nearer to noise (code: --t_mean 0) and
     continuous (code: 1000 values); a pair shares noise and t, as the code (Eq. 2 does not say);
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
@@ -59,7 +60,7 @@ from world.scenes import World, render_clips
 
 FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--checkpoint", str(BASE), "model folder or hub id"),
-    flag("--iterations", 5, "times to sample and optimise (paper: 5)", 1),
+    flag("--iterations", 6, "times to sample and optimise (paper: 5)", 1),
     flag("--prompts", 320, "M, drawn anew in each iteration (paper: 20000)", 1),
     flag("--num_samples", 8, "N, clips of each prompt (paper: 5)", 2),
     flag("--pool", 20000, "training scenes whose prompts make the pool (paper: 45k)", 1),
@@ -70,8 +71,8 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
 ], "preference loss (Eq. 2, 3)": [
     flag("--loss", "crpo", "crpo, its dpo alone, or of all clips (paper A.11: grpo)",
          choices=list(LOSSES)),
-    flag("--beta", None, "strength of the preference, of means over (L, C); none: 2000 at the "
-         "paper's 645 x 64, as strong elsewhere (official: 2000)", 0, kind=float),
+    flag("--beta", None, "strength of the preference, of means over (L, C); none: crpo 20, dpo 149 "
+         "in the toy, as strong elsewhere (official: 2000 at 645 x 64)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt, at most N / 2: best and worst, then the next "
          "two (paper: 1)", 1),
     flag("--kl_weight", None, "weight of |v - old|^2, for pairs in units of half x beta; none: "
@@ -80,7 +81,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
          "of it (Diffusion-SDPO: 0.9)", 0, 1, kind=float),
     flag("--half", 0.5, "constant factor in front of beta (official: 0.5; Eq. 2: 1)", 0),
     flag("--reduction", "mean", "of errors over (L, C) (Eq. 2: sum)", choices=["mean", "sum"]),
-    flag("--fm_weight", 1.0, "weight of the winners' L_FM (paper: 1)", 0),
+    flag("--fm_weight", 0.1, "weight of the winners' L_FM (paper: 1)", 0),
     flag("--shared_noise", True, "one noise for winner and loser (official: shared)"),
     flag("--t_distribution", "logit_normal", "distribution of t (Eq. 2: uniform)",
          choices=["logit_normal", "uniform"]),
@@ -397,8 +398,7 @@ def run(command="crpo.run(...)", **settings):
         dtype, _ = choose_dtype(args.dtype, device)         # of sampling; of training: autocast_for
         model = load_policy(policy, device, args.score_head, args.generation_batch, dtype)
         if model.codec.kind != "mel" and args.learning_rate > 1e-4:
-            warn("the toy's rate at full size; paper: --learning_rate 1e-5 --epochs 8 --steps 50 "
-                 "--guidance_scale 4.5 --num_samples 5 --pairs_per_prompt 1 --kl_weight 0")
+            warn("the toy's settings at full size; docs/official_weights.md has the paper's")
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")
         if args.pairs and (args.shuffle or kind != "pairs"):

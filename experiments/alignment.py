@@ -36,8 +36,8 @@ from sample import Sampling, decode, sampler_of
 from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
-# settings of crpo.py by which each loss is run, at equal clips generated
-PAIRED = {"pairs_per_prompt": 3, "epochs": 5, "learning_rate": 3e-4}       # crpo.py's defaults
+# settings of crpo.py by which each loss is run, at equal clips generated; beta: the official 2000
+PAIRED = {"pairs_per_prompt": 3, "epochs": 5, "learning_rate": 3e-4, "beta": 149, "fm_weight": 1}
 ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
 METHODS = {
     "crpo": {"loss": "crpo", **PAIRED},
@@ -200,7 +200,7 @@ def room(judges, device, sampler, loop, bases, rewards, betas, runs, tagger, dra
                 folder = Path(runs) / f"{name}_{reward}_{beta:g}"
                 share_candidates(source, folder)
                 crpo.run(f"room: {folder.name}", out=str(folder), checkpoint=base, iterations=1,
-                         seed=seed, beta=beta, shuffle=reward == "shuffled", **loop, **PAIRED)
+                         seed=seed, shuffle=reward == "shuffled", **loop | PAIRED | {"beta": beta})
                 sets = judged_sets(folder, 1)
                 real, aligned = sets["real"], sets["iteration 1"]
                 if folder == first:

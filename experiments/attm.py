@@ -238,8 +238,9 @@ class Lab:
             return self.trained(name, seed, expert_iteration.run, settings) / "round_1"
         # as the tracked tables (in float32) were made: crpo.py's defaults are those of a weak base
         settings |= {"score_head": "v2", "iterations": 1, "eval_prompts": 2, "num_samples": 5,
-                     "pairs_per_prompt": 1, "epochs": 24, "beta": 2000.0, "learning_rate": 1e-4,
-                     "prompts": given.crpo_prompts, "vocoder_steps": 24, "kl_weight": 0.0}
+                     "pairs_per_prompt": 1, "epochs": 24, "beta": 2000.0, "fm_weight": 1.0,
+                     "learning_rate": 1e-4, "vocoder_steps": 24, "kl_weight": 0.0,
+                     "prompts": given.crpo_prompts}
         return self.trained(name, seed, crpo.run, settings) / "iteration_1"
 
     def score_of(self, way):

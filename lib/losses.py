@@ -229,16 +229,16 @@ def grpo_loss(velocity, old, xt, target, t, A, settings):
 
 # ----------------------------------------------------------------------------- settings
 
-OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), for crpo and dpo
-DGPO_BETA = 100 / (16 * 64 * 64)        # the same of DGPO's official code, of images
-KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}  # dgpo: docs/log.md
+OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), as BETAS
+BETAS = {"crpo": 20 / (64 * 48), "dpo": OFFICIAL_BETA, "dgpo": 100 / (16 * 64 * 64)}
+KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}  # see docs/log.md
 
 
 def with_defaults(settings, length, channels):
     """Settings with those that depend on the loss and on the size L x C of the latents.
 
-    beta: as strong per summed squared error as in the official code. grpo: steps are drawn
-    uniformly, and under the text that made them, so that the ratio is to the policy that did."""
+    beta: as strong per summed squared error at any size (official: dpo, dgpo). grpo: steps are
+    drawn uniformly, and under the text that made them: the ratio is to the policy that did."""
     name = settings.loss
     size = length * channels
     if settings.kl_weight is None:
@@ -248,8 +248,7 @@ def with_defaults(settings, length, channels):
     if settings.reduction == "sum":
         size = 1
     if settings.beta is None:
-        strength = DGPO_BETA if name == "dgpo" else OFFICIAL_BETA
-        settings = settings._replace(beta=strength * size)
+        settings = settings._replace(beta=BETAS.get(name, 0.0) * size)
     if LOSSES[name][1] == "pairs":
         print(f"beta {settings.beta:.6g}: {settings.half * settings.beta / size:.3g} per squared "
               f"error, summed over {length} x {channels} (official: {OFFICIAL_BETA / 2:.3g})")

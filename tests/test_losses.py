@@ -279,11 +279,11 @@ def test_pair_loss_has_dpo_alone_and_holds_the_loser_back():
 def test_defaults_follow_from_the_loss_and_the_size(capsys):
     none = settings()[0]._replace(kl_weight=None)
     kinds = {name: losses.with_defaults(none._replace(loss=name), 64, 48) for name in losses.LOSSES}
-    assert round(kinds["crpo"].beta) == round(kinds["dpo"].beta) == 149 and round(kinds["dgpo"].beta, 1) == 4.7
+    assert [round(kinds[name].beta) for name in ("crpo", "dpo")] == [20, 149] and round(kinds["dgpo"].beta, 1) == 4.7
     assert [kinds[name].kl_weight for name in ("crpo", "dpo", "dgpo", "awm", "grpo")] == [0.4, 0, 1, 1, 0.04]
     assert kinds["grpo"].dropout == 0 and kinds["grpo"].t_distribution == "uniform" and kinds["nft"].dropout == 0.1
-    assert losses.with_defaults(none._replace(reduction="sum"), 64, 48).beta == losses.OFFICIAL_BETA
-    assert losses.with_defaults(none._replace(beta=7.0), 64, 48).beta == 7 and "0.0242 per squared" in capsys.readouterr().out
+    assert losses.with_defaults(none._replace(reduction="sum"), 64, 48).beta == losses.BETAS["crpo"]
+    assert losses.with_defaults(none._replace(beta=7.0), 64, 48).beta == 7 and "(official: 0.0242)" in capsys.readouterr().out
 
 
 def test_losses_refuse_what_they_cannot_learn_from(claps, tmp_path):                    # noqa: F811
