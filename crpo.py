@@ -1,6 +1,6 @@
 """CLAP-ranked preference optimisation: sample, rank, pair, optimise, and again with the new model.
 
-    python crpo.py                                  # the bundled base model, 5 iterations, on a CPU
+    python crpo.py                                  # the bundled base model, 6 iterations, on a CPU
     python crpo.py --iterations 1 --prompts 64 --eval_prompts 64 --out runs/small    # some minutes
     python crpo.py --offline --loss dpo --out runs/dpo         # L_DPO-FM, the base's pairs (Fig. 2)
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)

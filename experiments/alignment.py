@@ -4,7 +4,7 @@
     python -m experiments.alignment room
     python -m experiments.alignment methods --losses crpo nft control --seeds 0 1 2
     python -m experiments.alignment guidance                # base and aligned over guidance 1 to 6
-    python -m experiments.alignment recovered --aligned runs/crpo/iteration_5
+    python -m experiments.alignment recovered --aligned runs/crpo/iteration_6
     python -m experiments.alignment progress --runs runs/crpo        # gains over clips generated
     python -m experiments.alignment silent                  # silent clips of prompts that count
 

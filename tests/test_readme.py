@@ -83,7 +83,7 @@ def workplace(tmp_path_factory):
     for name in ("checkpoints", "docs", "sounds"):
         (place / name).symlink_to(ROOT / name)
     (place / "golden").symlink_to(GOLDEN)
-    for name in ("base", "sounds", "vae", "crpo/iteration_5", "crpo_1/iteration_5", "crpo_2/iteration_5",
+    for name in ("base", "sounds", "vae", "crpo/iteration_6",
                  "quick/iteration_1", "a", "b", "c", "NAME", "ablation", "control"):
         shutil.copytree(GOLDEN / "model", place / "runs" / name)
     for name in ("score", "other", "experts/round_1"):

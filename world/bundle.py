@@ -4,7 +4,7 @@
         --tagger_features runs/tagger_features --tagger_quality runs/quality \\
         --clap_reward runs/clap_reward --clap_judge runs/clap_judge --out checkpoints/toy/base
     python -m world.bundle --flow runs/clean --parts_of ../base --out checkpoints/toy/clean
-    python -m world.bundle --flow runs/crpo/iteration_5 --parts_of ../base \\
+    python -m world.bundle --flow runs/aligned/iteration_5 --parts_of ../base \\
         --out checkpoints/toy/aligned
 """
 from pathlib import Path
