@@ -2,7 +2,7 @@
 
     python crpo.py                                  # the bundled base model, 6 iterations, on a CPU
     python crpo.py --iterations 1 --prompts 64 --eval_prompts 64 --out runs/small    # some minutes
-    python crpo.py --offline --loss dpo --out runs/dpo         # L_DPO-FM, the base's pairs (Fig. 2)
+    python crpo.py --offline --loss dpo --beta 20 --out runs/dpo    # L_DPO-FM alone (Fig. 2)
     python crpo.py --pairs alpaca.json --checkpoint declare-lab/TangoFlux            # static (4.3)
 
 Each iteration (paper 2.5) is a folder, each stage a file in it, skipped where it is found: a killed
@@ -12,7 +12,7 @@ Where paper and official code differ, we do this:
   - beta multiplies 0.5 times MEAN errors over (L, C), as in the code (Eq. 2: sums, no 0.5:
     --reduction sum --half 1). A mean is 1/(L C) of the sum, so an equally strong beta grows
     with L C: 2000 at the code's 645 x 64 is 149 at the toy's 64 x 48. Ours is 20 there, and L_FM,
-    a mean (Eq. 5), weighs 0.1: docs/log.md (as the paper: --beta 149 --fm_weight 1);
+    a mean (Eq. 5), weighs 0.1: docs/log.md (official: --beta 149 --fm_weight 1);
   - t is logit-normal, as the code (Eq. 2: uniform), but nearer to noise (code: --t_mean 0) and
     continuous (code: 1000 values); a pair shares noise and t, as the code (Eq. 2 does not say);
   - sampled latents are trained on directly (code: through wav files and the VAE); every iteration,
@@ -72,7 +72,7 @@ FLAGS = {"the loop (paper 2.5, 3.2)": [
     flag("--loss", "crpo", "crpo, its dpo alone, or of all clips (paper A.11: grpo)",
          choices=list(LOSSES)),
     flag("--beta", None, "strength of the preference, of means over (L, C); none: crpo 20, dpo 149 "
-         "in the toy, as strong elsewhere (official: 2000 at 645 x 64)", 0, kind=float),
+         "in the toy, dgpo 4.7, as strong elsewhere (official: 2000 at 645 x 64)", 0, kind=float),
     flag("--pairs_per_prompt", 3, "pairs of a prompt, at most N / 2: best and worst, then the next "
          "two (paper: 1)", 1),
     flag("--kl_weight", None, "weight of |v - old|^2, for pairs in units of half x beta; none: "
@@ -397,7 +397,7 @@ def run(command="crpo.run(...)", **settings):
         policy = str(args.checkpoint)
         dtype, _ = choose_dtype(args.dtype, device)         # of sampling; of training: autocast_for
         model = load_policy(policy, device, args.score_head, args.generation_batch, dtype)
-        if model.codec.kind != "mel" and args.learning_rate > 1e-4:
+        if model.codec.kind != "mel" and (args.beta is None or args.learning_rate > 1e-4):
             warn("the toy's settings at full size; docs/official_weights.md has the paper's")
         if args.score is not None and not model.flow.config.get("score_head"):
             raise UserError(f"--score needs a model with a score head, which {policy} has not")

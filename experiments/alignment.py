@@ -36,7 +36,7 @@ from sample import Sampling, decode, sampler_of
 from world.ears import COLUMNS, hear, load_tagger, tally_all
 from world.scenes import World, render_clips
 
-# settings of crpo.py by which each loss is run, at equal clips generated; beta: the official 2000
+# settings of crpo.py by which each loss is run, at equal clips generated; 149: the official 2000
 PAIRED = {"pairs_per_prompt": 3, "epochs": 5, "learning_rate": 3e-4, "beta": 149, "fm_weight": 1}
 ALL = {"epochs": 5, "batch_size": 64, "micro_batch": 16, "learning_rate": 5e-4}
 METHODS = {
@@ -74,7 +74,7 @@ COMMANDS = {
     "room": ("What a base leaves to gain, by reward and by beta", {
         "what": [flag("--bases", [str(CLEAN), str(BASE)], "model folders", nargs="+"),
                  flag("--rewards", list(REWARDS), "what ranks", nargs="+", choices=list(REWARDS)),
-                 flag("--betas", [20.0, 149.0, 2000.0], "of crpo", 0, nargs="+")],
+                 flag("--betas", [20.0, 149.0, 2000.0], "of crpo, with L_FM at 1", 0, nargs="+")],
         "loop": LOOP, **COMMON}),
     "methods": ("Every loss from the same base", {
         "what": [BASE_FLAG,

@@ -230,7 +230,7 @@ def grpo_loss(velocity, old, xt, target, t, A, settings):
 # ----------------------------------------------------------------------------- settings
 
 OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), as BETAS
-BETAS = {"crpo": 20 / (64 * 48), "dpo": OFFICIAL_BETA, "dgpo": 100 / (16 * 64 * 64)}
+BETAS = {"crpo": 20 / (64 * 48), "dgpo": 100 / (16 * 64 * 64)}   # others: official
 KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}  # see docs/log.md
 
 
@@ -248,7 +248,7 @@ def with_defaults(settings, length, channels):
     if settings.reduction == "sum":
         size = 1
     if settings.beta is None:
-        settings = settings._replace(beta=BETAS.get(name, 0.0) * size)
+        settings = settings._replace(beta=BETAS.get(name, OFFICIAL_BETA) * size)
     if LOSSES[name][1] == "pairs":
         print(f"beta {settings.beta:.6g}: {settings.half * settings.beta / size:.3g} per squared "
               f"error, summed over {length} x {channels} (official: {OFFICIAL_BETA / 2:.3g})")

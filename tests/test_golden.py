@@ -110,7 +110,7 @@ def end_of(name, monkeypatch):
     _, script, *words = FROZEN["commands"][name].split()
     module = importlib.import_module({"train_tagger.py": "world.train_ears"}.get(script, script.removesuffix(".py")))
     if name == "run_crpo":
-        words += ["--beta", "2000", "--kl_weight", "0"]         # as it was then
+        words += ["--beta", "2000", "--fm_weight", "1", "--kl_weight", "0"]         # as it was then
     out, found = Path(words[words.index("--out") + 1]), {}
     monkeypatch.setattr("sys.argv", [script, *words])
     monkeypatch.setattr(scenes, "DataLoader", lambda jobs, *_, collate_fn, **more: map(collate_fn, jobs))
