@@ -1,6 +1,6 @@
 """An iteration of CRPO, side by side with the official way of driving the same model.
 
-    python -m bench.crpo                                  # 3 rounds on two cores: 25 minutes
+    python -m bench.crpo                                  # 3 rounds on two cores: 16 minutes
     python -m bench.crpo --prompts 12 --repeats 1
     python -m bench.crpo --official_steps 10              # at our own number of solver steps alone
 
