@@ -230,7 +230,7 @@ def grpo_loss(velocity, old, xt, target, t, A, settings):
 # ----------------------------------------------------------------------------- settings
 
 OFFICIAL_BETA = 2000 / (645 * 64)       # of squared errors summed over (L, C), as BETAS
-BETAS = {"crpo": 20 / (64 * 48), "dgpo": 100 / (16 * 64 * 64)}   # others: official
+BETAS = {"crpo": 20 / (64 * 48), "dgpo": 100 / (16 * 64 * 64)}  # dgpo: its code
 KL_WEIGHTS = {"crpo": 0.4, "dgpo": 1.0, "awm": 1.0, "grpo": 0.04}  # see docs/log.md
 
 

@@ -283,7 +283,7 @@ def test_defaults_follow_from_the_loss_and_the_size(capsys):
     assert [kinds[name].kl_weight for name in ("crpo", "dpo", "dgpo", "awm", "grpo")] == [0.4, 0, 1, 1, 0.04]
     assert kinds["grpo"].dropout == 0 and kinds["grpo"].t_distribution == "uniform" and kinds["nft"].dropout == 0.1
     assert losses.with_defaults(none._replace(reduction="sum"), 64, 48).beta == losses.BETAS["crpo"]
-    assert losses.with_defaults(none._replace(beta=7.0), 64, 48).beta == 7 and "(official: 0.0242)" in capsys.readouterr().out
+    assert losses.with_defaults(none._replace(beta=7.0), 64, 48).beta == 7 and "0.00326 per squared error, summed over 64 x 48 (official: 0.0242)" in capsys.readouterr().out
 
 
 def test_losses_refuse_what_they_cannot_learn_from(claps, tmp_path):                    # noqa: F811
